@@ -1,0 +1,344 @@
+"""A jsonl line → token ids, labels, log-mel; a list of them → a batch.
+
+Each line of a manifest is a JSON object:
+
+    {"wav": "clips/0001.flac", "txt": "hello world", "key": "0001"}
+
+`wav` may be relative to the manifest's own folder; `key` defaults to `wav`; `duration` in seconds, where given, spares
+reading the file's header. Raises InputError, naming file and line, for whatever cannot be used.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+import whisper
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
+
+from model import IGNORE_INDEX, SPEECH_INDEX, InputError, speech_lengths
+
+BLOCK = 4096  # frames read at a time from a corrupt file
+SLOT = "{speech}"
+DEFAULT_PROMPT = f"Speech: {SLOT}\nWrite down the words that were spoken."
+
+
+class Record(NamedTuple):
+    key: str
+    wav: Path
+    txt: str | None
+    duration: float | None
+    where: str  # "manifest:line", for messages
+
+
+class Manifest(Sequence):
+    """The records of a jsonl file, held as byte offsets: a line is parsed when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets, self.lines = array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: int) -> Record:
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[index])
+            record = parse_line(file.readline(), self.path, self.lines[index])
+        beside = self.path.parent / record.wav
+        return record._replace(wav=beside) if beside.exists() else record
+
+
+def parse_line(line: bytes, path: Path, number: int) -> Record:
+    """One manifest line as a Record; raises InputError naming `path:number`."""
+    where = f"{path}:{number}"
+    try:
+        item = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg})") from None
+    if not isinstance(item, dict):
+        raise InputError(f'{where}: expected an object like {{"wav": …, "txt": …}}, found {type(item).__name__}')
+    wav = item.get("wav")
+    if not isinstance(wav, str) or not wav:
+        raise InputError(f'{where}: field "wav" is missing or not a text: it names the audio file')
+    key, txt, duration = item.get("key", wav), item.get("txt"), item.get("duration")
+    if not isinstance(key, str) or not key or key.split() != [key]:
+        raise InputError(f'{where}: key {key!r} must be a text without spaces: give the line a "key"')
+    if txt is not None and not isinstance(txt, str):
+        raise InputError(f'{where}: field "txt" is not a text')
+    if duration is not None and not (isinstance(duration, int | float) and math.isfinite(duration) and duration >= 0):
+        raise InputError(f'{where}: field "duration" is not a number of seconds')
+    return Record(key, Path(wav), txt, duration, where)
+
+
+def read_manifest(path: str | Path, need_txt: bool = True) -> Manifest:
+    """Check a jsonl file in one pass and return its records; blank lines and a BOM are skipped.
+
+    Raises InputError at the first line that is not a usable record: bad JSON, a missing field (`txt` if `need_txt`), not
+    UTF-8, a key seen before.
+    """
+    manifest, first_line = Manifest(Path(path)), {}
+    try:
+        with manifest.path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                bom = len(b"\xef\xbb\xbf") if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
+                if line[bom:].strip():
+                    record = parse_line(line[bom:], manifest.path, number)
+                    if need_txt and record.txt is None:
+                        raise InputError(f'{record.where}: field "txt" is missing: it holds the transcript')
+                    earlier = first_line.setdefault(hash(record.key), number)
+                    if earlier != number:
+                        raise InputError(
+                            f"{record.where}: key {record.key!r} was seen before, on line {earlier}: "
+                            'give each line its own "key"'
+                        )
+                    manifest.offsets.append(offset + bom)
+                    manifest.lines.append(number)
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the manifest ({error.strerror})") from None
+    if not len(manifest):
+        raise InputError(f"{path}: no line in it")
+    return manifest
+
+
+def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
+    """Read any audio file as float32 mono at 16 kHz (samples,), and what is wrong with it ("" if nothing).
+
+    A truncated or corrupt file yields what stands before the damage. wav, flac, ogg, opus and mp3 are read by
+    libsndfile, the rest by the `ffmpeg` program where it is installed. Raises InputError when nothing can be read, or
+    when samples are NaN or infinite.
+    """
+    path, problem = Path(path), ""
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: is empty (0 bytes)")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            if "should be" in file.extra_info:
+                problem = "truncated: its header promises more than the file holds"
+            try:
+                audio = file.read(dtype="float32", always_2d=True).mean(1)
+            except soundfile.LibsndfileError as error:
+                audio = _until_the_damage(path)
+                problem = f"corrupt after {len(audio) / rate:.2f} s ({error.error_string})"
+    except soundfile.LibsndfileError as error:
+        rate, audio = SAMPLE_RATE, _ffmpeg(path, error.error_string)
+    if problem and not len(audio):
+        raise InputError(f"{path}: {problem}")
+    if not np.isfinite(audio).all():
+        raise InputError(f"{path}: has NaN or infinite samples")
+    if rate != SAMPLE_RATE:
+        audio = soxr.resample(audio, rate, SAMPLE_RATE)
+    return audio, problem
+
+
+def _until_the_damage(path: Path) -> np.ndarray:
+    """What a corrupt file yields in small blocks; only then, since soundfile seeks between reads, which garbles mp3."""
+    blocks = [np.zeros(0, np.float32)]
+    with soundfile.SoundFile(path) as file:
+        try:
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(1))
+        except soundfile.LibsndfileError:
+            pass
+    return np.concatenate(blocks)
+
+
+def _ffmpeg(path: Path, why: str) -> np.ndarray:
+    if not shutil.which("ffmpeg"):
+        raise InputError(f"{path}: not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more")
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{path.resolve()}"]
+    command += ["-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
+    done = subprocess.run(command, capture_output=True)
+    if not done.stdout:
+        raise InputError(f"{path}: not audio that libsndfile or ffmpeg reads ({why})")
+    return np.frombuffer(done.stdout, np.float32)
+
+
+def count_samples(path: Path) -> int:
+    """Samples at 16 kHz by the file's header alone where it has one; raises InputError."""
+    try:
+        info = soundfile.info(path)
+        return math.ceil(info.frames * SAMPLE_RATE / info.samplerate)
+    except (soundfile.LibsndfileError, OSError):
+        return len(load_audio(path)[0])
+
+
+def log_mel(audio: np.ndarray, n_mels: int, encoder_padding: str = "none") -> Tensor:
+    """audio (samples,) at 16 kHz → Whisper's log-mel (n_mels, frames), of this clip alone."""
+    if encoder_padding == "30s":
+        audio = whisper.pad_or_trim(audio)
+    return whisper.log_mel_spectrogram(torch.from_numpy(np.ascontiguousarray(audio, np.float32)), n_mels)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """The rendered prompt, as the checkpoint keeps it: text before and after the speech, and the end-of-turn token."""
+
+    before: str
+    after: str
+    end_of_turn: str
+
+
+class Prompt:
+    """Grows ids and labels together: prompt (not supervised), answer and end-of-turn token (supervised)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: PromptText) -> None:
+        self.tokenizer, self.text = tokenizer, text
+        before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in (text.before, text.after))
+        self.ids = [*before, SPEECH_INDEX, *after]
+        self.end_of_turn: int = tokenizer.convert_tokens_to_ids(text.end_of_turn)
+
+    @classmethod
+    def build(cls, tokenizer: PreTrainedTokenizerBase, words: str | None, settings: dict) -> "Prompt":
+        """The prompt of `settings` (a checkpoint's), else that of `words`; what was built is put into `settings`.
+
+        Raises InputError when `words` were given and the checkpoint was trained with others.
+        """
+        stored = settings.get("prompt")
+        text = render(tokenizer, words or DEFAULT_PROMPT) if words or not stored else PromptText(**stored)
+        if stored and asdict(text) != stored:
+            raise InputError(f"--prompt gives {asdict(text)}, the checkpoint was trained with {stored}: leave it out")
+        settings["prompt"] = asdict(text)
+        return cls(tokenizer, text)
+
+    def answer(self, txt: str) -> list[int]:
+        """Ids of a transcript; a special token written in it stays text."""
+        return self.tokenizer(txt, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def example(self, txt: str) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of one training example, equally long."""
+        answer = [*self.answer(txt), self.end_of_turn]
+        return self.ids + answer, [IGNORE_INDEX] * len(self.ids) + answer
+
+
+def render(tokenizer: PreTrainedTokenizerBase, words: str) -> PromptText:
+    """The user's `words` in the tokenizer's own chat template, split at {speech}.
+
+    A tokenizer without a template gets `USER: … \\nASSISTANT:` between its beginning- and end-of-text tokens.
+    Raises InputError unless `words` hold {speech} exactly once.
+    """
+    if words.count(SLOT) != 1:
+        raise InputError(f"--prompt must hold {SLOT} exactly once, where the speech stands: {words!r}")
+    user = [{"role": "user", "content": words}]
+    if tokenizer.chat_template:
+        options = {"tokenize": False, "enable_thinking": False}  # the latter for Qwen3, ignored by others
+        prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True, **options)
+        turn = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": "{answer}"}], **options)
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        rest = tokenizer(turn.partition("{answer}")[2], add_special_tokens=False).input_ids
+        end = next((id for id in rest if id in special), tokenizer.eos_token_id)
+    else:
+        prompt, end = f"{tokenizer.bos_token or ''}USER: {words}\nASSISTANT:", tokenizer.eos_token_id
+    if end is None:
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-turn or end-of-text token")
+    before, _, after = prompt.partition(SLOT)
+    return PromptText(before, after, tokenizer.convert_ids_to_tokens(end))
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """Training examples of a manifest: input_ids (T,), labels (T,), mel (n_mels, F).
+
+    Measures every clip up front, so that what is dropped is dropped before batches are formed, alike on every process;
+    `dropped` counts them by reason. Raises InputError for a file that cannot be read.
+    """
+
+    def __init__(self, manifest: Manifest, prompt: Prompt, settings: dict, max_length: int) -> None:
+        self.manifest, self.prompt, self.max_length = manifest, prompt, max_length
+        self.n_mels, self.stride = settings["encoder"]["n_mels"], settings["projector_stride"]
+        self.encoder_padding = settings["encoder_padding"]
+        self.kept, self.lengths, self.dropped = array("q"), array("l"), Counter()  # lengths in samples
+        for index, record in enumerate(manifest):
+            samples = self._measure(record)
+            reason = self.unusable(samples, record.txt)
+            self.dropped.update([reason] if reason else [])
+            if not reason:
+                self.kept.append(index)
+                self.lengths.append(samples)
+        if not self.kept:
+            raise InputError(f"{manifest.path}: no clip is left to train on: {self.summary()}")
+
+    def _measure(self, record: Record) -> int:
+        try:
+            return round(record.duration * SAMPLE_RATE) if record.duration is not None else count_samples(record.wav)
+        except InputError as error:
+            raise InputError(f"{record.where}: {error}") from None
+
+    def unusable(self, samples: int, txt: str) -> str:
+        """Why a clip of `samples` at 16 kHz with this transcript is left out ("" if it is not)."""
+        vectors = speech_lengths(N_SAMPLES if self.encoder_padding == "30s" else samples, self.stride).speech
+        if samples > N_SAMPLES:
+            return "longer than 30 s"
+        if not samples or not vectors:
+            return "shorter than one projector window"
+        # the marker is one of the ids and makes room for `vectors`
+        if len(self.prompt.example(txt)[0]) - 1 + vectors > self.max_length:
+            return "longer than --model_max_length"
+        return ""
+
+    def summary(self) -> str:
+        dropped = "; ".join(f"dropped {count} {reason}" for reason, count in sorted(self.dropped.items()))
+        hours = sum(self.lengths) / SAMPLE_RATE / 3600
+        return f"{len(self.kept)} clips, {hours:.2f} h" + (f"; {dropped}" if dropped else "")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.manifest[self.kept[index]]
+        try:
+            audio, problem = load_audio(record.wav)
+        except InputError as error:
+            raise InputError(f"{record.where}: {error}") from None
+        problem = problem or self.unusable(len(audio), record.txt)
+        if problem:
+            raise InputError(f"{record.where}: {record.wav}: {problem}: mend the file or remove the line")
+        input_ids, labels = self.prompt.example(record.txt)
+        mel = log_mel(audio, self.n_mels, self.encoder_padding)
+        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "mel": mel}
+
+
+@dataclass
+class SpeechCollator:
+    """Examples → one right-padded batch: input_ids, labels, attention_mask (B, T); mel (B, n_mels, F); mel_length (B,).
+
+    Masks come from lengths: the padding value is never looked for.
+    """
+
+    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        def pad(rows: list[Tensor], value: float) -> Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value)
+
+        ids = [e["input_ids"] for e in examples]
+        batch = {"input_ids": pad(ids, 0), "attention_mask": pad([torch.ones_like(row) for row in ids], 0)}
+        if "labels" in examples[0]:
+            batch["labels"] = pad([e["labels"] for e in examples], IGNORE_INDEX)
+        batch["mel"] = pad([e["mel"].T for e in examples], 0.0).transpose(1, 2)  # (B, n_mels, F)
+        batch["mel_length"] = torch.tensor([e["mel"].shape[-1] for e in examples])
+        return batch

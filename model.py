@@ -1,0 +1,512 @@
+"""Frozen Whisper encoder → trainable Conv1d projector → spliced into the prompt of a frozen LLM.
+
+The way of one batch through `SpeechLLM.forward`:
+
+    mel (B, n_mels, F) ─ SpeechEncoder ─ (B, E, d) ─ Conv1dProjector ─ (B, N, D) ┐
+    input_ids (B, T), one SPEECH_INDEX a row ─ embedding table ─ (B, T, D) ──────┴─ splice ─ LLM ─ loss on the answer
+
+Only what has `requires_grad` is trained, and only that is saved (`model.safetensors`), with all that a decoder must agree
+on beside it (`config.json`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import whisper
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, WhisperConfig, WhisperModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from whisper.audio import HOP_LENGTH
+
+SPEECH_INDEX = -200  # the speech marker in input_ids: outside every vocabulary, so no table is resized
+IGNORE_INDEX = -100  # a label that is not supervised
+CHECKPOINT_FORMAT = 1
+
+
+class InputError(ValueError):
+    """A user's mistake, told in one line that names what is wrong and the remedy."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with `error: …` on an InputError; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except InputError as error:  # from a data worker it comes wrapped in that worker's traceback
+        raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from None
+
+
+@dataclass
+class ModelArguments:
+    llm_model_name_or_path: str | None = field(default=None, metadata={"help": "Causal LM: a hub name or a folder."})
+    whisper_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "tiny … large-v3, a .pt file, or a Hugging Face name or folder of a Whisper model."},
+    )
+    checkpoint: str | None = field(default=None, metadata={"help": "Folder with model.safetensors and config.json."})
+    projector_model_path: str | None = field(default=None, metadata={"help": "The same by file: …/model.safetensors."})
+    splice: Literal["frames"] | None = field(
+        default=None, metadata={"help": "What stands for speech in the prompt: every projector vector (frames)."}
+    )
+    projector_stride: int | None = field(
+        default=None, metadata={"help": "Encoder frames (20 ms) to one projector vector; 5 unless given."}
+    )
+    encoder_padding: Literal["none", "30s"] | None = field(
+        default=None, metadata={"help": "30s: pad every clip as published. none (default): clips keep their length."}
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "The user's words around the speech, with one {speech} in them."}
+    )
+
+
+class SpeechLengths(NamedTuple):
+    mel: Any
+    encoder: Any
+    speech: Any
+
+
+def speech_lengths(samples: Any, stride: int) -> SpeechLengths:
+    """The one length rule: samples at 16 kHz → log-mel frames → encoder frames → projector vectors (int or tensor).
+
+    A mel frame is whisper's hop (10 ms), the encoder's second convolution halves them (rounding up), the projector takes
+    whole windows of `stride` encoder frames.
+    """
+    mel = samples // HOP_LENGTH
+    encoder = (mel + 1) // 2
+    return SpeechLengths(mel, encoder, encoder // stride)
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Parameters in full inside the context: DeepSpeed ZeRO-3 leaves placeholders on each process, others nothing to do."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+def master_weight(p: nn.Parameter) -> Tensor:
+    """A trainable parameter in full and in the precision it is trained in (under ZeRO-3 the optimizer's float32 copy)."""
+    if hasattr(p, "_z3_optimizer"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(p)
+    with gathered([p]):
+        return p.detach().clone()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits that tell one frozen model from another wherever it lies: a sample of its first and last weights.
+
+    Taken in bfloat16, so that it is the same however the weights were loaded.
+    """
+    parameters = list(model.parameters())
+    sample = [parameters[0], *parameters[-4:]]
+    digest = hashlib.sha256()
+    with gathered(sample):
+        for weight in sample:
+            digest.update(weight.detach().flatten()[:1024].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class SpeechEncoder(nn.Module):
+    """Whisper's encoder on clips of any length up to 30 s: no padding to 30 s, padding of a batch masked."""
+
+    def __init__(self, whisper_encoder: WhisperEncoder) -> None:
+        super().__init__()
+        self.whisper = whisper_encoder.requires_grad_(False)
+        self.n_mels = whisper_encoder.config.num_mel_bins
+        self.dim = whisper_encoder.config.d_model
+
+    def forward(self, mel: Tensor, mel_length: Tensor) -> Tensor:
+        """mel (B, n_mels, F), zero-padded at the end; mel_length (B,) → (B, E, dim). Frames past a clip's end are noise."""
+        net = self.whisper
+        inside = torch.arange(mel.shape[-1], device=mel.device) < mel_length[:, None]  # (B, F)
+        x = F.gelu(net.conv1(mel.to(net.conv1.weight.dtype))) * inside[:, None]  # (B, dim, F); no bias leaks past the end
+        x = F.gelu(net.conv2(x)).transpose(1, 2)  # (B, E, dim)
+        position = torch.arange(x.shape[1], device=x.device)
+        x = x + net.embed_positions(position)
+        length = speech_lengths(mel_length * HOP_LENGTH, 1).encoder
+        mask = (position < length[:, None])[:, None, None]  # (B, 1, 1, E)
+        for layer in net.layers:
+            x = layer(x, mask)
+        return net.layer_norm(x)
+
+    @classmethod
+    def from_pretrained(cls, name: str, dtype: torch.dtype) -> "SpeechEncoder":
+        """Load by openai-whisper name, .pt file, or Hugging Face name or folder; the text decoder is dropped."""
+        if name in whisper.available_models() or name.endswith(".pt"):
+            return cls(_openai_encoder(name).to(dtype))
+        try:
+            return cls(WhisperModel.from_pretrained(name, dtype=dtype).get_encoder())
+        except (OSError, ValueError) as error:
+            names = ", ".join(whisper.available_models())
+            raise InputError(
+                f"cannot load Whisper {name!r}: neither one of {names}, nor a .pt file, nor a Hugging Face "
+                f"name or folder ({_first_line(error)})"
+            ) from None
+
+
+# openai-whisper's parameter names → transformers', in the order of replacement
+_OPENAI_NAMES = (
+    ("blocks.", "layers."),
+    ("attn_ln.", "self_attn_layer_norm."),
+    ("attn.query.", "self_attn.q_proj."),
+    ("attn.key.", "self_attn.k_proj."),
+    ("attn.value.", "self_attn.v_proj."),
+    ("attn.out.", "self_attn.out_proj."),
+    ("mlp_ln.", "final_layer_norm."),
+    ("mlp.0.", "fc1."),
+    ("mlp.2.", "fc2."),
+    ("ln_post.", "layer_norm."),
+    ("positional_embedding", "embed_positions.weight"),
+)
+
+
+def _openai_encoder(name: str) -> WhisperEncoder:
+    try:
+        cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "download.lock"):  # one process of a job downloads, the others wait
+            model = whisper.load_model(name, device="cpu")
+    except (OSError, RuntimeError, KeyError, EOFError) as error:
+        raise InputError(f"cannot load Whisper {name!r}: {_first_line(error)}") from None
+    dims = model.dims
+    encoder = WhisperEncoder(
+        WhisperConfig(
+            num_mel_bins=dims.n_mels,
+            d_model=dims.n_audio_state,
+            encoder_layers=dims.n_audio_layer,
+            encoder_attention_heads=dims.n_audio_head,
+            encoder_ffn_dim=4 * dims.n_audio_state,
+            max_source_positions=dims.n_audio_ctx,
+        )
+    )
+    state = {}
+    for key, value in model.encoder.state_dict().items():
+        for theirs, ours in _OPENAI_NAMES:
+            key = key.replace(theirs, ours)
+        state[key] = value
+    encoder.load_state_dict(state, strict=True)
+    return encoder
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Conv1dProjector(nn.Module):
+    """The published projector (WeSR, after SLAM-ASR), with an output norm of the size of the LLM's own embeddings."""
+
+    def __init__(self, encoder_dim: int, llm_dim: int, stride: int = 5, hidden: int = 2048) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride, stride=stride)
+        self.linear1 = nn.Linear(encoder_dim, hidden)
+        self.linear2 = nn.Linear(hidden, llm_dim)
+        self.norm = nn.RMSNorm(llm_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, E, encoder_dim) → (B, E // stride, llm_dim)."""
+        x = x.to(self.conv.weight.dtype).transpose(1, 2)  # (B, d, E)
+        x = F.relu(self.conv(x)).transpose(1, 2)  # (B, N, d)
+        x = self.linear2(F.relu(self.linear1(x)))  # (B, N, D)
+        return self.norm(x.to(self.norm.weight.dtype))
+
+    def calibrate(self, embedding: nn.Embedding) -> None:
+        """Start with outputs whose root mean square is that of the LLM's embedding table."""
+        with gathered([embedding.weight]), torch.no_grad():
+            self.norm.weight.fill_(embedding.weight.float().square().mean().sqrt())
+
+    def size(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"{count / 1024**2:.2f} M"
+
+
+class ForceEndOfTurn(LogitsProcessor):
+    """Row i may write `max_new_tokens[i]` tokens, whoever shares its batch; after that only the end-of-turn token."""
+
+    def __init__(self, max_new_tokens: Tensor, end_of_turn: int) -> None:
+        self.max_new_tokens, self.end_of_turn = max_new_tokens, end_of_turn
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        beams = scores.shape[0] // len(self.max_new_tokens)
+        over = input_ids.shape[1] >= self.max_new_tokens.repeat_interleave(beams)  # (B * beams,)
+        end = torch.full_like(scores, -torch.inf)
+        end[:, self.end_of_turn] = 0
+        return torch.where(over[:, None], end, scores)
+
+
+class SpeechLLM(nn.Module):
+    """Encoder, projector and LLM as one model for the Trainer. `settings` is what config.json will say."""
+
+    accepts_loss_kwargs = True  # forward honours num_items_in_batch: accumulation gives the loss of one big batch
+
+    def __init__(self, encoder: SpeechEncoder, projector: Conv1dProjector, llm: nn.Module, settings: dict) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector.float()
+        self.llm = llm.requires_grad_(False)
+        self.settings = settings
+        self.train(False)
+
+    @property
+    def config(self) -> Any:
+        return self.llm.config  # the Trainer's DeepSpeed "auto" sizes and its callbacks look here
+
+    def train(self, mode: bool = True) -> "SpeechLLM":
+        """Frozen modules stay in eval(); of the LLM only the flag that turns activation checkpointing on follows `mode`."""
+        super().train(mode)
+        self.encoder.eval()
+        self.llm.eval()
+        for module in self.llm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return self
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.llm.activation_checkpointing_enable(**options)
+
+    def embed_speech(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
+        """mel (B, n_mels, F) → speech vectors (B, N, D) and how many of each row are real (B,): the door for any splice."""
+        length = speech_lengths(mel_length * HOP_LENGTH, self.projector.stride).speech
+        with torch.no_grad():
+            encoded = self.encoder(mel, mel_length)  # (B, E, d)
+        return self.projector(encoded), length
+
+    def splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        speech: Tensor,
+        speech_length: Tensor,
+        labels: Tensor | None = None,
+        padding_side: Literal["left", "right"] = "right",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put speech[i, :speech_length[i]] in the place of row i's one SPEECH_INDEX.
+
+        input_ids, attention_mask, labels (B, T), padded on either side; speech (B, N, D); speech_length (B,).
+        Returns embeddings (B, T', D), attention mask (B, T') and labels (B, T'), padded on `padding_side`.
+        Raises InputError when a row has not exactly one marker.
+        """
+        marker = input_ids == SPEECH_INDEX  # (B, T)
+        count = marker.sum(1)
+        if (count != 1).any():
+            raise InputError(f"each row needs exactly one speech marker, found {count.tolist()}")
+        real = attention_mask.bool()
+        width = real.sum(1) - 1 + speech_length  # (B,)
+        B, T = len(width), int(width.max())
+        start = T - width if padding_side == "left" else torch.zeros_like(width)
+        after = marker.cumsum(1) - marker.long()  # (B, T): 1 past the marker
+        position = start[:, None] + real.cumsum(1) - 1 + after * (speech_length - 1)[:, None]  # (B, T)
+
+        table = self.llm.get_input_embeddings()
+        text = real & ~marker
+        row, column = text.nonzero(as_tuple=True)
+        embeds = table(input_ids.masked_fill(~text, 0))  # (B, T, D)
+        spliced = embeds.new_zeros(B, T, embeds.shape[-1])
+        spliced[row, position[row, column]] = embeds[row, column]
+        new_labels = input_ids.new_full((B, T), IGNORE_INDEX)
+        if labels is not None:
+            new_labels[row, position[row, column]] = labels[row, column]
+
+        n = torch.arange(speech.shape[1], device=speech.device)
+        row, column = (n < speech_length[:, None]).nonzero(as_tuple=True)
+        spliced[row, position[marker][row] + column] = speech[row, column].to(spliced.dtype)
+        t = torch.arange(T, device=width.device)
+        mask = (t >= start[:, None]) & (t < (start + width)[:, None])
+        return spliced, mask.long(), new_labels
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mel: Tensor,
+        mel_length: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Cross-entropy over the supervised tokens only, their sum divided by `num_items_in_batch` (their mean without).
+
+        input_ids, attention_mask, labels (B, T); mel (B, n_mels, F); mel_length (B,).
+        Returns loss () and logits (supervised tokens of the batch, vocabulary) in row order.
+        """
+        speech, length = self.embed_speech(mel, mel_length)
+        embeds, mask, labels = self.splice(input_ids, attention_mask, speech, length, labels)  # (B, T', D), (B, T')
+        hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        target = labels[:, 1:]
+        supervised = target != IGNORE_INDEX  # (B, T' - 1)
+        logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # (supervised, V)
+        total = F.cross_entropy(logits, target[supervised], reduction="sum")
+        items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / items, "logits": logits}
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mel: Tensor,
+        mel_length: Tensor,
+        max_new_tokens: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,)."""
+        speech, length = self.embed_speech(mel, mel_length)
+        embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
+        end_of_turn = self.llm.generation_config.pad_token_id
+        return self.llm.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            max_new_tokens=int(max_new_tokens.max()) + 1,
+            logits_processor=[ForceEndOfTurn(max_new_tokens, end_of_turn)],
+            **options,
+        )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> Any:
+        """Strict over what is trained; frozen weights come from their own models, never from here."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if name in self.trainable()]
+        if strict and (missing or result.unexpected_keys):
+            raise InputError(f"weights do not match: missing {missing}, unexpected {result.unexpected_keys}")
+        return type(result)(missing, result.unexpected_keys)
+
+    def save_checkpoint(self, folder: str | Path, write: bool = True) -> None:
+        """Write model.safetensors (trainable tensors, float32) and config.json. Every process calls it, one has `write`."""
+        state = {}
+        for name, p in self.trainable().items():
+            value = master_weight(p)  # every process: it may be a collective
+            if write:
+                state[name] = value.to("cpu", torch.float32, copy=True).contiguous()
+        if write:
+            folder = Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            text = json.dumps(self.settings, indent=2, ensure_ascii=False)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Load what save_checkpoint wrote (the folder or its model.safetensors), or raise InputError with what differs."""
+        differing = _differences(read_settings(path), self.settings)
+        if differing:
+            raise InputError(f"{path} does not fit these models: " + "; ".join(differing))
+        file = weights_file(path)
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file}: not a readable safetensors file ({_first_line(error)})") from None
+        own = self.trainable()
+        shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
+        wrong = [f"{name} {theirs}, expected {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
+        wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
+        wrong += [f"{name} is unknown" for name in sorted(state.keys() - own.keys())]
+        if wrong:
+            raise InputError(f"{file} does not fit these models: " + "; ".join(wrong))
+        self.load_state_dict(state)
+
+
+def weights_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def read_settings(path: str | Path) -> dict:
+    """The config.json of a checkpoint, given as its folder or its model.safetensors; raises InputError."""
+    weights = weights_file(path)
+    config = weights.with_name("config.json")
+    missing = [file.name for file in (weights, config) if not file.is_file()]
+    if missing:
+        folder = weights.parent
+        here = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        raise InputError(f"{path} is not a checkpoint: {' and '.join(missing)} missing in {folder} (there: {here})")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config}: not JSON ({error})") from None
+    if not isinstance(settings, dict) or settings.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{config}: not a checkpoint of this project in format {CHECKPOINT_FORMAT}")
+    return settings
+
+
+_INFORMATIVE = ("name", "versions")  # two copies of one model may lie anywhere; the fingerprint decides
+
+
+def _differences(stored: Any, built: Any, where: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(built, dict):
+        keys = [key for key in {**stored, **built} if key not in _INFORMATIVE]
+        return [d for key in keys for d in _differences(stored.get(key), built.get(key), f"{where}.{key}".strip("."))]
+    return [] if stored == built else [f"{where} is {stored!r} in the checkpoint, {built!r} here"]
+
+
+def resolve_settings(args: ModelArguments) -> dict:
+    """Flags, completed by the checkpoint's config.json or the defaults; raises InputError when the two disagree."""
+    path = args.checkpoint or args.projector_model_path
+    if args.checkpoint and args.projector_model_path:
+        raise InputError("--checkpoint and --projector_model_path name the same thing: give one of them")
+    stored = read_settings(path) if path else {}
+    flags = {"splice": args.splice, "encoder_padding": args.encoder_padding, "projector_stride": args.projector_stride}
+    settings = {"splice": "frames", "encoder_padding": "none", "projector_stride": 5}
+    for key, given in flags.items():
+        settings[key] = stored.get(key, settings[key] if given is None else given)
+        if given not in (None, settings[key]):
+            raise InputError(f"--{key} {given} differs from {path}, which was trained with {settings[key]}")
+    settings["encoder"] = {"name": args.whisper_model_name_or_path or stored.get("encoder", {}).get("name")}
+    settings["llm"] = {"name": args.llm_model_name_or_path or stored.get("llm", {}).get("name")}
+    for part, flag in (("encoder", "whisper"), ("llm", "llm")):
+        if not settings[part]["name"]:
+            raise InputError(f"give --{flag}_model_name_or_path, or --checkpoint to take it from there")
+    if settings["projector_stride"] < 1:
+        raise InputError("--projector_stride must be at least 1")
+    if "prompt" in stored:
+        settings["prompt"] = stored["prompt"]
+    return {"format": CHECKPOINT_FORMAT, **settings}
+
+
+def build_model(
+    settings: dict, end_of_turn: int, dtype: torch.dtype = torch.float32, checkpoint: str | Path | None = None
+) -> SpeechLLM:
+    """Load encoder and LLM by the names in `settings`, make the projector, load `checkpoint` into it if given.
+
+    `settings` is completed with sizes and fingerprints. `dtype` is that of the frozen weights. Raises InputError.
+    """
+    encoder = SpeechEncoder.from_pretrained(settings["encoder"]["name"], dtype)
+    name = settings["llm"]["name"]
+    try:
+        llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the LLM {name!r}: {_first_line(error)}") from None
+    table = llm.get_input_embeddings()
+    ends = llm.generation_config.eos_token_id if llm.generation_config else None
+    ends = {end_of_turn, *(ends if isinstance(ends, list) else [ends])} - {None}
+    # a fresh one: chat models ship sampling and repetition penalties, which harm a transcript
+    llm.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=end_of_turn)
+
+    settings["encoder"] |= {"n_mels": encoder.n_mels, "dim": encoder.dim, "fingerprint": fingerprint(encoder)}
+    llm_dim = table.embedding_dim
+    settings["llm"] |= {"dim": llm_dim, "vocabulary": table.num_embeddings, "fingerprint": fingerprint(llm)}
+    libraries = ("torch", "transformers", "openai-whisper")
+    settings["versions"] = {library: version(library) for library in libraries}
+
+    projector = Conv1dProjector(encoder.dim, llm_dim, settings["projector_stride"])
+    projector.calibrate(table)
+    model = SpeechLLM(encoder, projector, llm, settings)
+    if checkpoint is not None:
+        model.load_checkpoint(checkpoint)
+    return model

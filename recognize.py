@@ -1,0 +1,262 @@
+"""Speech → text with a trained projector: one line `key text` for each line of the manifest, in its order.
+
+    python recognize.py --checkpoint exp --data_path test.jsonl --result_path result.txt
+    python recognize.py --llm_model_name_or_path Qwen/Qwen2-1.5B-Instruct --whisper_model_name_or_path tiny \\
+        --projector_model_path exp/checkpoint-600/model.safetensors --data_path test.jsonl --result_path result.txt
+
+A clip that cannot be decoded gets an empty line, is reported on stderr and in the summary, and makes the exit code 1.
+An interrupted run continues when started again: finished clips wait in `RESULT_PATH.partial`.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
+
+from dataset import Manifest, Prompt, Record, SpeechCollator, load_audio, load_tokenizer, log_mel, read_manifest
+from model import (
+    InputError,
+    ModelArguments,
+    SpeechLLM,
+    build_model,
+    one_line_errors,
+    resolve_settings,
+    speech_lengths,
+    weights_file,
+)
+
+MAX_TOKENS_PER_SECOND, SPARE_TOKENS = (
+    12,
+    8,
+)  # fast speech has about 5 words a second; digits and names cost 2 tokens each
+PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
+
+
+@dataclass
+class DecodeArguments:
+    data_path: str | None = field(default=None, metadata={"help": "Manifest (jsonl) of what to recognize."})
+    result_path: str = field(default="result.txt", metadata={"help": "Where the lines `key text` go."})
+    num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
+    batch_size: int = field(default=8, metadata={"help": "Clips decoded together."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, mps, cpu; the first that is there."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the frozen weights; auto is bfloat16 on a GPU, float32 elsewhere."}
+    )
+
+
+class Transcriber:
+    """A model ready to transcribe. One thread at a time."""
+
+    def __init__(self, model: SpeechLLM, prompt: Prompt, num_beams: int = 4, max_new_tokens: int | None = None) -> None:
+        self.model, self.prompt = model, prompt
+        self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
+        """Rebuild exactly the system of the checkpoint that `model_args` name, or raise InputError."""
+        checkpoint = model_args.checkpoint or model_args.projector_model_path
+        if not checkpoint:
+            raise InputError("give --checkpoint DIR or --projector_model_path …/model.safetensors")
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        settings = resolve_settings(model_args)
+        prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
+        dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+        model = build_model(settings, prompt.end_of_turn, dtype, checkpoint)
+        return cls(model.to(device), prompt, args.num_beams, args.max_new_tokens)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, **options: Any) -> "Transcriber":
+        """`Transcriber.from_checkpoint("exp", num_beams=1, device="cpu")`; options are DecodeArguments' fields."""
+        return cls.from_arguments(ModelArguments(checkpoint=str(folder)), DecodeArguments(**options))
+
+    def usable(self, audio: np.ndarray) -> bool:
+        return speech_lengths(len(audio), self.model.projector.stride).speech > 0
+
+    def transcribe(self, clips: Sequence[np.ndarray]) -> list[str]:
+        """One text for each clip: float32 (samples,) at 16 kHz, at most 30 s and at least one projector window long."""
+        settings = self.model.settings
+        n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
+        ids = torch.tensor(self.prompt.ids)
+        batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
+        seconds = torch.tensor([len(clip) / SAMPLE_RATE for clip in clips])
+        allowed = (seconds * MAX_TOKENS_PER_SECOND).long() + SPARE_TOKENS  # (B,)
+        if self.max_new_tokens is not None:
+            allowed = torch.full_like(allowed, self.max_new_tokens)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        new = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), num_beams=self.num_beams, do_sample=False)
+        return [self._text(row) for row in new.tolist()]
+
+    def _text(self, ids: list[int]) -> str:
+        ends = self.model.llm.generation_config.eos_token_id
+        length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+        text = self.prompt.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return " ".join(text.split())
+
+
+def cut_at_pauses(audio: np.ndarray, longest: int = N_SAMPLES) -> list[np.ndarray]:
+    """Pieces of at most `longest` samples, cut at the quietest place in the second half of each; joined they are `audio`."""
+    pieces = []
+    while len(audio) > longest:
+        energy = np.square(audio[longest // 2 : longest], dtype=np.float64).cumsum()
+        window = energy[PAUSE_WINDOW:] - energy[:-PAUSE_WINDOW]
+        cut = longest // 2 + int(window.argmin()) + PAUSE_WINDOW // 2
+        pieces.append(audio[:cut])
+        audio = audio[cut:]
+    return [*pieces, audio]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[str | InputError]:
+    """Transcribe a batch; out of memory, its halves; a clip that does not fit alone yields an InputError in its place."""
+    try:
+        return transcriber.transcribe(clips)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(clips) == 1:
+            return [InputError(f"out of memory on {len(clips[0]) / SAMPLE_RATE:.1f} s alone")]
+    torch.cuda.empty_cache()
+    half = len(clips) // 2
+    return decode(transcriber, clips[:half]) + decode(transcriber, clips[half:])
+
+
+class Outcome(NamedTuple):
+    key: str
+    text: str
+    error: str
+    seconds: float
+
+
+def read_clip(transcriber: Transcriber, record: Record) -> tuple[list[np.ndarray], str, float]:
+    """(pieces that can be decoded, what is wrong, seconds) of a record; never raises for a bad file."""
+    try:
+        audio, problem = load_audio(record.wav)
+    except InputError as error:
+        return [], str(error), 0.0
+    pieces = [piece for piece in cut_at_pauses(audio) if transcriber.usable(piece)]
+    if not pieces:
+        problem = problem or ("shorter than one projector window" if len(audio) else "has no samples")
+    return pieces, f"{record.wav}: {problem}" if problem else "", len(audio) / SAMPLE_RATE
+
+
+def recognize(transcriber: Transcriber, records: Sequence[Record], batch_size: int) -> list[Outcome]:
+    """Decode some records together, `batch_size` pieces at a time; one outcome for each, whatever happens to it."""
+    read = [read_clip(transcriber, record) for record in records]
+    flat = [(i, piece) for i, (pieces, _, _) in enumerate(read) for piece in pieces]
+    texts: list[list[str]] = [[] for _ in records]
+    errors = [problem for _, problem, _ in read]
+    for start in range(0, len(flat), batch_size):
+        batch = flat[start : start + batch_size]
+        for (i, _), text in zip(batch, decode(transcriber, [piece for _, piece in batch]), strict=True):
+            if isinstance(text, InputError):
+                errors[i] = f"{records[i].wav}: {text}"
+            else:
+                texts[i].append(text)
+    return [
+        Outcome(record.key, " ".join(filter(None, words)), error, seconds)
+        for record, words, error, (_, _, seconds) in zip(records, texts, errors, read, strict=True)
+    ]
+
+
+class Progress:
+    """Outcomes as they come, in RESULT_PATH.partial: a first line that identifies the run, then one JSON line each."""
+
+    def __init__(self, path: Path, identity: dict) -> None:
+        self.path, self.done = path, {}
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        whole = lines[:-1]  # what follows the last newline was cut off by the interruption
+        if whole and whole[0] == json.dumps(identity):
+            self.done = {outcome.key: outcome for outcome in (Outcome(*json.loads(line)) for line in whole[1:])}
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(identity) + "\n")
+        self.add(list(self.done.values()))
+
+    def add(self, outcomes: list[Outcome]) -> None:
+        self.done |= {outcome.key: outcome for outcome in outcomes}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)
+
+
+def run(model_args: ModelArguments, args: DecodeArguments) -> int:
+    """Decode a manifest into args.result_path; returns the exit code. Raises InputError for what stops everything."""
+    if not args.data_path:
+        raise InputError("give --data_path, the manifest (jsonl) of what to recognize")
+    for name in ("num_beams", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1")
+    manifest = read_manifest(args.data_path, need_txt=False)
+    transcriber = Transcriber.from_arguments(model_args, args)
+    result = Path(args.result_path)
+    try:
+        result.parent.mkdir(parents=True, exist_ok=True)
+        outcomes, wall = decode_manifest(transcriber, manifest, result, model_args, args)
+        finished = result.with_name(f"{result.name}.new")
+        finished.write_text("".join(f"{o.key} {o.text}\n" for o in outcomes), encoding="utf-8")
+        os.replace(finished, result)
+        partial_path(result).unlink()
+    except OSError as error:
+        raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
+    return summarize(outcomes, wall, result)
+
+
+def partial_path(result: Path) -> Path:
+    return result.with_name(f"{result.name}.partial")
+
+
+def decode_manifest(
+    transcriber: Transcriber, manifest: Manifest, result: Path, model_args: ModelArguments, args: DecodeArguments
+) -> tuple[list[Outcome], float]:
+    """Decode what an earlier, interrupted run has not; (outcomes in manifest order, seconds taken)."""
+    weights = weights_file(model_args.checkpoint or model_args.projector_model_path)
+    digests = [sha256(path.read_bytes()).hexdigest() for path in (weights, manifest.path)]
+    options = [args.num_beams, args.max_new_tokens, args.dtype]
+    progress = Progress(partial_path(result), {"weights": digests[0], "manifest": digests[1], "options": options})
+    if progress.done:
+        print(f"continuing: {len(progress.done)} of {len(manifest)} are done", file=sys.stderr)
+    todo = [i for i, record in enumerate(manifest) if record.key not in progress.done]
+    start = time.monotonic()
+    with tqdm(total=len(todo), unit="clip", disable=None) as bar:
+        for first in range(0, len(todo), args.batch_size):
+            records = [manifest[i] for i in todo[first : first + args.batch_size]]
+            progress.add(recognize(transcriber, records, args.batch_size))
+            bar.update(len(records))
+    return [progress.done[record.key] for record in manifest], time.monotonic() - start
+
+
+def summarize(outcomes: list[Outcome], wall: float, result: Path) -> int:
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        print(f"{outcome.key}: {outcome.error}", file=sys.stderr)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    speed = f"{seconds / wall:.1f} × real time" if wall > 0 else "nothing left to do"
+    print(f"{result}: {len(outcomes)} clips, {seconds / 3600:.2f} h, {speed}, {len(failed)} with problems")
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    transformers_logging.disable_progress_bar()
+    with one_line_errors():
+        parser = HfArgumentParser((ModelArguments, DecodeArguments))
+        return run(*parser.parse_args_into_dataclasses(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

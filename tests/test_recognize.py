@@ -1,0 +1,220 @@
+"""Decoding: no line is lost, none comes twice, the order is the manifest's, whatever the input."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import RATE, audio, build_system, run_script, write_clip, write_manifest
+from test_dataset import bad_audio
+
+import recognize
+from model import InputError, ModelArguments
+from recognize import DecodeArguments, Transcriber, cut_at_pauses
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    build_system(tiny.qwen2, tiny.whisper).model.save_checkpoint(folder)
+    return folder
+
+
+def options(trained, manifest, result, **more):
+    return ModelArguments(checkpoint=str(trained)), DecodeArguments(
+        data_path=str(manifest), result_path=str(result), num_beams=1, device="cpu", **more
+    )
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """Texts that say how many seconds were decoded: a random model's own may be empty."""
+    monkeypatch.setattr(Transcriber, "transcribe", lambda self, clips: [f"{len(clip) / RATE:.1f}" for clip in clips])
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def test_one_line_for_each_record_in_manifest_order(tiny, trained, tmp_path):
+    code = recognize.run(*options(trained, tiny.manifest, tmp_path / "sub" / "result.txt", batch_size=2))
+    assert code == 0
+    assert [line.split(" ")[0] for line in lines(tmp_path / "sub" / "result.txt")] == [c["key"] for c in tiny.clips]
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["result.txt"]
+
+
+@pytest.mark.parametrize("num_beams", [2, 3])
+def test_text_depends_neither_on_batch_size_nor_company(tiny, trained, num_beams):
+    transcriber = Transcriber.from_checkpoint(trained, num_beams=num_beams, device="cpu")
+    clips = [audio(s, i) for i, s in enumerate((0.5, 2.0, 1.3))]
+    together = transcriber.transcribe(clips)
+    assert any(together)
+    assert together == [transcriber.transcribe([clip])[0] for clip in clips]
+    assert together[::-1] == transcriber.transcribe(clips[::-1])
+
+
+BAD = [
+    ("missing", "no such file"),
+    ("empty", "is empty"),
+    ("text", "not audio"),
+    ("directory", "is a directory"),
+    ("nan", "NaN or infinite"),
+    ("none", "has no samples"),
+    ("short", "shorter than one projector window"),
+]
+
+
+def test_bad_clips_get_an_empty_line_a_report_and_exit_code_1(tiny, trained, tmp_path, capsys, echo):
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), RATE)
+    write_clip(tmp_path / "short.wav", 0.08)
+    items = [{"key": "first", "wav": str(tiny.root / "0.wav")}]
+    for kind, _ in BAD:
+        path = bad_audio(tmp_path, kind) if kind not in ("none", "short") else tmp_path / f"{kind}.wav"
+        items.append({"key": kind, "wav": str(path)})
+    items.append({"key": "last", "wav": str(tiny.root / "1.wav")})
+    manifest = write_manifest(tmp_path / "m.jsonl", items)
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt")) == 1
+    out, err = capsys.readouterr()
+    written = dict(line.split(" ", 1) for line in lines(tmp_path / "r.txt"))
+    assert list(written) == [item["key"] for item in items]
+    assert f"{len(items)} clips" in out
+    assert f"{len(BAD)} with problems" in out
+    for kind, why in BAD:
+        assert written[kind] == ""
+        assert any(line.startswith(f"{kind}: ") and why in line for line in err.splitlines()), err
+    assert (written["first"], written["last"]) == ("1.0", "1.7")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_truncated_file_is_decoded_as_far_as_it_goes_and_reported(trained, tmp_path, capsys, echo, suffix):
+    whole = write_clip(tmp_path / f"w.{suffix}", 3.0).read_bytes()
+    (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": f"cut.{suffix}"}])
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt")) == 1
+    assert 0.5 < float(lines(tmp_path / "r.txt")[0].removeprefix("a ")) < 2
+    assert "truncated" in (err := capsys.readouterr().err) or "corrupt after" in err
+
+
+def test_silence_is_bounded_by_its_duration(trained):
+    transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu")
+    seen = []
+    generate = transcriber.model.generate
+    transcriber.model.generate = lambda **kw: seen.append(generate(**kw)) or seen[-1]
+    transcriber.transcribe([np.zeros(RATE, np.float32)])
+    assert seen[0].shape[1] <= recognize.MAX_TOKENS_PER_SECOND + recognize.SPARE_TOKENS + 1
+
+
+def test_long_audio_is_cut_at_its_pauses():
+    """Thirty-five seconds of noise with a pause at 22 s: two pieces, cut there, nothing lost."""
+    sound = audio(35)
+    sound[22 * RATE : int(22.5 * RATE)] = 0
+    pieces = cut_at_pauses(sound)
+    assert [round(len(piece) / RATE) for piece in pieces] == [22, 13]
+    assert np.array_equal(np.concatenate(pieces), sound)
+    assert all(len(piece) <= 30 * RATE for piece in cut_at_pauses(audio(95)))
+    assert len(cut_at_pauses(audio(30))) == 1
+
+
+def test_a_long_file_is_decoded_in_pieces_and_joined(trained, tmp_path):
+    write_clip(tmp_path / "long.wav", 65)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "long", "wav": "long.wav"}])
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=2, max_new_tokens=5)) == 0
+    transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu", max_new_tokens=5)
+    pieces = cut_at_pauses(soundfile.read(tmp_path / "long.wav", dtype="float32")[0])
+    assert len(pieces) >= 3
+    assert lines(tmp_path / "r.txt") == ["long " + " ".join(filter(None, transcriber.transcribe(pieces)))]
+
+
+def test_a_hypothesis_is_one_line(trained):
+    transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu")
+    ids = transcriber.prompt.tokenizer("a\tb\n\nc", add_special_tokens=False).input_ids
+    assert transcriber._text([*ids, 258, 65, 65]) == "a b c"
+
+
+def fake(limit: int):
+    """A transcriber that runs out of memory on more than `limit` clips, and on a clip of one sample."""
+
+    def transcribe(clips):
+        calls.append(len(clips))
+        if len(clips) > limit or any(len(clip) == 1 for clip in clips):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return [f"text{len(clip)}" for clip in clips]
+
+    calls: list[int] = []
+    return SimpleNamespace(transcribe=transcribe, calls=calls)
+
+
+def test_out_of_memory_halves_the_batch_and_at_one_reports():
+    transcriber = fake(limit=2)
+    clips = [np.zeros(n) for n in (5, 6, 1, 7, 8)]
+    found = recognize.decode(transcriber, clips)
+    assert [str(text) for text in found] == ["text5", "text6", "out of memory on 0.0 s alone", "text7", "text8"]
+    assert isinstance(found[2], InputError)
+    assert transcriber.calls[0] == 5
+
+
+def test_other_errors_are_bugs_and_stay_loud():
+    def broken(clips):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        recognize.decode(SimpleNamespace(transcribe=broken), [np.zeros(9)])
+
+
+def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path, monkeypatch, capsys):
+    result = tmp_path / "r.txt"
+    arguments = options(trained, tiny.manifest, result, batch_size=2)
+    recognize.run(*arguments)
+    expected = lines(result)
+    result.unlink()
+    real, seen = recognize.recognize, []
+
+    def killed_in_the_second_batch(transcriber, records, batch_size):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append([record.key for record in records])
+        return real(transcriber, records, batch_size)
+
+    monkeypatch.setattr(recognize, "recognize", killed_in_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        recognize.run(*arguments)
+    partial = tmp_path / "r.txt.partial"
+    with partial.open("a") as file:
+        file.write('["clip2", "half a li')  # cut off in the middle of a write
+    decoded = []
+    monkeypatch.setattr(
+        recognize, "recognize", lambda t, records, b: decoded.extend(r.key for r in records) or real(t, records, b)
+    )
+    assert not result.exists()
+    recognize.run(*arguments)
+    assert "continuing: 2 of 5 are done" in capsys.readouterr().err
+    assert decoded == ["clip2", "clip3", "clip4"]
+    assert lines(result) == expected
+    assert not partial.exists()
+
+
+def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained, tmp_path, capsys):
+    (tmp_path / "r.txt.partial").write_text(json.dumps({"weights": "other"}) + '\n["clip0", "stale", "", 1.0]\n')
+    recognize.run(*options(trained, tiny.manifest, tmp_path / "r.txt"))
+    assert "continuing" not in capsys.readouterr().err
+    assert "stale" not in (tmp_path / "r.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_path", "x.jsonl"], "error: give --checkpoint DIR"),
+        (["--checkpoint", "no-such-folder", "--data_path", "MANIFEST"], "error: no-such-folder is not a checkpoint"),
+        (["--checkpoint", "TRAINED"], "error: give --data_path"),
+        (["--checkpoint", "TRAINED", "--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
+        (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--num_beams", "0"], "error: --num_beams must be"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tiny, trained, arguments, message):
+    names = {"TRAINED": str(trained), "MANIFEST": str(tiny.manifest), "x.jsonl": str(tiny.manifest)}
+    done = run_script("python", "recognize.py", *(names.get(a, a) for a in arguments))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,263 @@
+"""Training on tiny models: what it saves, how it resumes, the flags of older transformers, the published commands."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import DATA, ROOT, run_script, write_clip, write_manifest
+from safetensors.torch import load_file
+from transformers import HfArgumentParser
+
+import train
+from model import InputError
+
+
+def arguments(tiny, output, *more, llm=None):
+    return [
+        *("--llm_model_name_or_path", str(llm or tiny.qwen2), "--whisper_model_name_or_path", str(tiny.whisper)),
+        *("--data_path", str(tiny.manifest), "--output_dir", str(output), "--per_device_train_batch_size", "2"),
+        *("--learning_rate", "1e-3", "--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm"),
+        *("True", *more),
+    ]
+
+
+def losses(folder):
+    return [e["loss"] for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+
+
+def parse(*flags):
+    parser = HfArgumentParser((train.TrainingArguments,))
+    return parser.parse_args_into_dataclasses(train.current_flags(["--output_dir", "x", *flags]))[0]
+
+
+def test_training_saves_only_the_projector_and_leaves_it_in_output_dir(tiny, tmp_path, capsys):
+    train.main(arguments(tiny, tmp_path, "--max_steps", "4"))
+    out = capsys.readouterr().out
+    assert "projector: 0.10 M (÷ 1024²) parameters" in out
+    assert "5 clips, 0.00 h" in out
+    final = load_file(tmp_path / "model.safetensors")
+    last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert all(name.startswith("projector.") for name in final)
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    assert (tmp_path / "config.json").read_bytes() == (tmp_path / "checkpoint-4" / "config.json").read_bytes()
+    assert len(losses(tmp_path)) == 4
+
+
+def test_it_resumes_by_itself_from_the_newest_complete_checkpoint(tiny, tmp_path, capsys):
+    """The interrupted run's losses are the uninterrupted run's; an incomplete checkpoint is passed over."""
+    train.main(arguments(tiny, tmp_path / "whole", "--max_steps", "6"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("checkpoint-6", "trainer_state.json", "model.safetensors", "config.json"):
+        path = tmp_path / "cut" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    torn = tmp_path / "cut" / "checkpoint-6"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 6, "log_')
+    capsys.readouterr()
+    train.main(arguments(tiny, tmp_path / "cut", "--max_steps", "6"))
+    assert f"continuing from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / run / "model.safetensors") for run in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_overwrite_output_dir_starts_over_as_it_used_to(tiny, tmp_path, capsys):
+    train.main(arguments(tiny, tmp_path, "--max_steps", "2"))
+    train.main(arguments(tiny, tmp_path, "--max_steps", "2", "--overwrite_output_dir"))
+    assert "continuing" not in capsys.readouterr().out
+
+
+def test_a_new_training_starts_from_a_checkpoint(tiny, tmp_path):
+    train.main(arguments(tiny, tmp_path / "a", "--max_steps", "2"))
+    file = tmp_path / "a" / "model.safetensors"
+    flag = ("--projector_model_path", str(file))
+    train.main(arguments(tiny, tmp_path / "b", "--max_steps", "1", *flag, "--learning_rate", "0"))
+    train.main(
+        arguments(tiny, tmp_path / "c", "--max_steps", "1", "--checkpoint", str(tmp_path / "a"), "--learning_rate", "0")
+    )
+    start = load_file(file)
+    for run in ("b", "c"):
+        end = load_file(tmp_path / run / "model.safetensors")
+        assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+def test_a_checkpoint_of_other_models_stops_the_training_with_what_differs(tiny, tmp_path):
+    train.main(arguments(tiny, tmp_path / "a", "--max_steps", "1"))
+    with pytest.raises(SystemExit, match=r"error: .* does not fit these models: llm.fingerprint is"):
+        train.main(arguments(tiny, tmp_path / "b", "--checkpoint", str(tmp_path / "a"), llm=tiny.llama))
+
+
+def test_one_big_batch_and_accumulation_train_alike(tiny, tmp_path):
+    """Through the Trainer: the losses of 4 × 1 clips are those of 1 × 4."""
+    for name, batch, accumulation in (("big", "4", "1"), ("small", "1", "4")):
+        sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        train.main(arguments(tiny, tmp_path / name, "--max_steps", "3", *sizes))
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "big"), rel=1e-4)
+
+
+def test_evaluation_measures_the_loss(tiny, tmp_path):
+    train.main(
+        arguments(
+            tiny,
+            tmp_path,
+            "--max_steps",
+            "2",
+            "--eval_data_path",
+            str(tiny.manifest),
+            "--eval_strategy",
+            "epoch",
+            "--num_train_epochs",
+            "1",
+            "--max_steps",
+            "3",
+        )
+    )
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in entry for entry in history)
+
+
+def test_flags_of_older_transformers_mean_what_they_meant(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    args = parse("--evaluation_strategy", "no", "--warmup_ratio=0.01", "--no_cuda", "--per_gpu_train_batch_size", "3")
+    assert (str(args.eval_strategy.value), args.warmup_steps, args.use_cpu, args.per_device_train_batch_size) == (
+        "no",
+        0.01,
+        True,
+        3,
+    )
+    assert args.get_warmup_steps(1000) == 10
+    assert parse("--warmup_ratio", "0.5", "--warmup_steps", "7").warmup_steps == 7
+    args = parse("--group_by_length", "--adafactor", "--logging_dir", "logs", "--gradient_checkpointing", "--bf16", "True")
+    assert (args.train_sampling_strategy, args.optim.value, args.activation_checkpointing) == (
+        "group_by_length",
+        "adafactor",
+        True,
+    )
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
+    with pytest.raises(InputError, match="checkpoints are always safetensors"):
+        parse("--save_safetensors", "False")
+
+
+def test_group_by_length_forms_batches_of_like_clips(tiny, tmp_path):
+    """transformers' own sampler would decode every clip to learn its length; ours has measured them."""
+    for i in range(40):
+        write_clip(tmp_path / f"{i}.wav", 0.5 + 0.05 * i)
+    items = [{"wav": f"{i}.wav", "txt": "a"} for i in range(40)]
+    manifest = write_manifest(tmp_path / "m.jsonl", items)
+    flags = train.current_flags(arguments(tiny, tmp_path / "o", "--group_by_length", "--data_path", str(manifest)))
+    parsed = HfArgumentParser((train.ModelArguments, train.DataArguments, train.TrainingArguments))
+    model_args, data_args, args = parsed.parse_args_into_dataclasses(flags)
+    settings = train.resolve_settings(model_args) | {"encoder": {"n_mels": 80}}
+    prompt = train.Prompt.build(train.load_tokenizer(str(tiny.qwen2)), None, settings)
+    dataset = train.SpeechDataset(train.read_manifest(data_args.data_path), prompt, settings, 512)
+    trainer = train.SpeechTrainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=dataset)
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(40))
+    spread = [abs(dataset.lengths[a] - dataset.lengths[b]) / 16000 for a, b in zip(order[::2], order[1::2], strict=True)]
+    assert sum(spread) / len(spread) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
+        (["--llm_model_name_or_path", "./nowhere"], "error: cannot load the tokenizer of './nowhere'"),
+        (["--prompt", "no slot"], "error: --prompt must hold {speech} exactly once"),
+        (["--checkpoint", "./nowhere"], "error: ./nowhere is not a checkpoint"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tiny, tmp_path, change, message):
+    done = run_script("python", "train.py", *arguments(tiny, tmp_path, *change))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_file_met_by_a_data_worker_is_one_line_too(tiny, tmp_path):
+    """The worker's exception comes wrapped in its traceback; the user still reads file, line and reason alone."""
+    whole = (tiny.root / "3.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"wav": "cut.wav", "txt": "a", "duration": 2.5}] * 1)
+    flags = ("--data_path", manifest, "--dataloader_num_workers", "1", "--max_steps", "1")
+    done = run_script("python", "train.py", *arguments(tiny, tmp_path / "o", *flags))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {manifest}:1: {tmp_path / 'cut.wav'}: truncated")
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
+    """Plain DDP on a CPU: the loss of 2 × 2 clips is that of 1 × 4 (tolerance 1e-4)."""
+    train.main(arguments(tiny, tmp_path / "one", "--max_steps", "3", "--per_device_train_batch_size", "4"))
+    done = run_script(
+        *("torchrun", "--standalone", "--nproc_per_node=2", "train.py"),
+        *arguments(tiny, tmp_path / "two", "--max_steps", "3"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4)
+
+
+def test_the_published_commands_run_unchanged(real, tmp_path):
+    """Models, data and process count swapped, all else as published: ZeRO-3 and bf16 on a CPU, then the decoder."""
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").open()]
+    rows = [row | {"wav": str(DATA / row["wav"])} for row in rows if 1 < row["duration"] < 2][:8]
+    write_manifest(tmp_path / "train.jsonl", rows)
+    write_manifest(tmp_path / "test.jsonl", rows[:3])
+    output = tmp_path / "SmolLM2-135M-Instruct-whisper-tiny.en"
+    command = (
+        "torchrun --standalone --nnodes=1 --nproc_per_node=2 train.py --llm_model_name_or_path LLM "
+        "--whisper_model_name_or_path WHISPER --data_path TRAIN --bf16 True --output_dir OUTPUT --num_train_epochs 5 "
+        "--per_device_train_batch_size 8 --per_device_eval_batch_size 1 --gradient_accumulation_steps 8 "
+        "--evaluation_strategy no --save_strategy steps --save_steps 100 --save_total_limit 10 --learning_rate 3e-4 "
+        "--weight_decay 0.01 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine --logging_steps 1 "
+        "--report_to none --model_max_length 512 --gradient_checkpointing --dataloader_num_workers 4 "
+        "--dataloader_prefetch_factor 10 --deepspeed ds_config_zero3.json"
+    )
+    names = {"LLM": real.llm, "WHISPER": real.whisper, "TRAIN": tmp_path / "train.jsonl", "OUTPUT": output}
+    # five epochs of one step are five steps; a checkpoint at each instead of every hundredth
+    words = ["1" if word == "100" else str(names.get(word, word)) for word in command.split()]
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(losses(output)) == 5
+    assert all(3 < loss < 9 for loss in losses(output))
+    checkpoint = output / "checkpoint-5"
+    trained = sum(tensor.numel() for tensor in load_file(checkpoint / "model.safetensors").values())
+    on_disk = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert on_disk < trained * (4 + 3 * 4) * 1.1 + 2e6  # weights, master copy, two moments: no frozen weight anywhere
+    done = run_script(
+        *("python", "recognize.py", "--llm_model_name_or_path", real.llm, "--whisper_model_name_or_path", real.whisper),
+        *("--projector_model_path", checkpoint / "model.safetensors", "--data_path", tmp_path / "test.jsonl"),
+        *("--result_path", tmp_path / "result.txt"),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    keys = [line.split(" ")[0] for line in (tmp_path / "result.txt").read_text().splitlines()]
+    assert keys == [row["key"] for row in rows[:3]]
+    assert (ROOT / "ds_config_zero3.json").exists()
+
+
+def test_eight_real_clips_are_learned_by_heart_and_decoded_without_error(real, tmp_path):
+    """The loop learns, decodes and stops: real speech, real models, WER 0 by beam search through the three scripts."""
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").open()]
+    rows = [row for row in rows if 1.4 < row["duration"] < 3 and len(row["txt"].split()) >= 3][::12][:8]
+    manifest = write_manifest(tmp_path / "eight.jsonl", [row | {"wav": str(DATA / row["wav"])} for row in rows])
+    done = run_script(
+        *("python", "train.py", "--llm_model_name_or_path", real.llm, "--whisper_model_name_or_path", real.whisper),
+        *("--data_path", manifest, "--output_dir", tmp_path / "exp", "--max_steps", "120", "--bf16", "True"),
+        *("--learning_rate", "1e-3", "--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0.05"),
+        *("--save_strategy", "no", "--report_to", "none", "--logging_steps", "10"),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_script(
+        "python",
+        "recognize.py",
+        "--checkpoint",
+        tmp_path / "exp",
+        "--data_path",
+        manifest,
+        "--result_path",
+        tmp_path / "r.txt",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_script("python", "score.py", "--ref", manifest, "--hyp", tmp_path / "r.txt", "--normalizer", "none")
+    assert "WER: 0.00 %" in done.stdout, done.stdout

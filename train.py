@@ -1,0 +1,185 @@
+"""Train the projector between a frozen Whisper encoder and a frozen LLM.
+
+    python train.py --llm_model_name_or_path Qwen/Qwen2-1.5B-Instruct --whisper_model_name_or_path tiny \\
+        --data_path train.jsonl --output_dir exp --bf16 True --num_train_epochs 5 --learning_rate 3e-4
+    torchrun --standalone --nproc_per_node 8 train.py … --deepspeed ds_config_zero3.json
+
+Every flag of transformers' TrainingArguments works, those that transformers 5 renamed or dropped too. A second start
+continues from the newest complete checkpoint in --output_dir. The trained weights end up in --output_dir itself.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import HfArgumentParser, Trainer, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging as transformers_logging
+
+from dataset import Prompt, SpeechCollator, SpeechDataset, load_tokenizer, read_manifest
+from model import InputError, ModelArguments, SpeechLLM, build_model, one_line_errors, resolve_settings
+
+
+@dataclass
+class DataArguments:
+    data_path: str | None = field(default=None, metadata={"help": "Training manifest (jsonl)."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Manifest to measure the loss on."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, and what older versions had, with its old meaning."""
+
+    model_max_length: int = field(default=512, metadata={"help": "Longer examples (prompt, speech, text) are dropped."})
+    remove_unused_columns: bool = False
+    prediction_loss_only: bool = True
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps to warm up in."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over, whatever --output_dir holds."})
+    group_by_length: bool = field(default=False, metadata={"help": "Batches of clips of about the same length."})
+    adafactor: bool = field(default=False, metadata={"help": "The same as --optim adafactor."})
+    logging_dir: str | None = field(default=None, metadata={"help": "Where TensorBoard's files go."})
+    save_safetensors: bool = field(default=True, metadata={"help": "Always true here."})
+
+    def __post_init__(self) -> None:
+        if not self.save_safetensors:
+            raise InputError("--save_safetensors False is not possible: checkpoints are always safetensors")
+        if self.warmup_ratio and not self.warmup_steps:  # as ever: steps win over the ratio
+            self.warmup_steps = self.warmup_ratio
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        if self.adafactor:
+            self.optim = "adafactor"
+        if self.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every process runs every trainable module each step
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            self.dataloader_pin_memory = False
+            if self.deepspeed:
+                _deepspeed_on_cpu()
+                self.accelerator_config = {"use_configured_state": True}
+            else:
+                self.use_cpu = True
+        super().__post_init__()
+
+    def _validate_args(self) -> None:
+        """transformers wants a GPU or use_cpu for bf16; a CPU has bf16 too, and use_cpu would keep DeepSpeed out."""
+        asked, self.use_cpu = self.use_cpu, self.use_cpu or not torch.accelerator.is_available()
+        super()._validate_args()
+        self.use_cpu = asked
+
+
+RENAMED = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+}
+
+
+def current_flags(argv: Sequence[str]) -> list[str]:
+    """Flags under their present names, `--flag value` and `--flag=value` alike."""
+    parts = [(arg.partition("=") if arg.startswith("--") else (arg, "", "")) for arg in argv]
+    return [RENAMED.get(flag, flag) + equals + value for flag, equals, value in parts]
+
+
+def _deepspeed_on_cpu() -> None:
+    """DeepSpeed asks accelerate for a backend; without a GPU it must be told before the first TrainingArguments."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # several a step
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a compiler runs at the first collective
+    PartialState(backend="gloo")
+
+
+class SpeechTrainer(Trainer):
+    """The Trainer, saving what is trained instead of everything."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.model.save_checkpoint(output_dir or self.args.output_dir, write=self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
+        self.model.load_checkpoint(resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # by default every frozen weight would be in global_stepN
+            engine = self.model_wrapped
+            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = train_dataset or self.train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return LengthGroupedSampler(size, lengths=list(dataset.lengths), generator=generator)
+
+
+def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint-N of the highest N whose trainer_state.json, which is written last, can be read."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Build, resume if there is something to resume from, train, save; raises InputError."""
+    if not data_args.data_path:
+        raise InputError("give --data_path, the training manifest (jsonl)")
+    set_seed(args.seed)
+    settings = resolve_settings(model_args)
+    manifest = read_manifest(data_args.data_path)
+    prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    start = model_args.checkpoint or model_args.projector_model_path
+    model = build_model(settings, prompt.end_of_turn, dtype, start)
+
+    train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length)
+    eval_set = None
+    if data_args.eval_data_path:
+        eval_set = SpeechDataset(read_manifest(data_args.eval_data_path), prompt, settings, args.model_max_length)
+    if args.process_index == 0:
+        print(f"projector: {model.projector.size()} (÷ 1024²) parameters")
+        print(f"{data_args.data_path}: {train_set.summary()}", flush=True)
+
+    trainer = SpeechTrainer(
+        model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, data_collator=SpeechCollator()
+    )
+    resume = args.resume_from_checkpoint
+    if not resume and not args.overwrite_output_dir:
+        resume = newest_complete_checkpoint(args.output_dir)
+    if resume and args.process_index == 0:
+        print(f"continuing from {resume}", flush=True)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_model()
+    trainer.save_state()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    transformers_logging.disable_progress_bar()
+    with one_line_errors():
+        parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+        run(*parser.parse_args_into_dataclasses(current_flags(sys.argv[1:] if argv is None else argv)))
+
+
+if __name__ == "__main__":
+    main()
