@@ -10,6 +10,8 @@ reading the file's header. Raises InputError, naming file and line, for whatever
 
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 from array import array
@@ -27,11 +29,13 @@ import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from whisper.audio import N_SAMPLES, SAMPLE_RATE
+from whisper.audio import N_FFT, N_SAMPLES, SAMPLE_RATE
 
-from model import IGNORE_INDEX, SPEECH_INDEX, InputError, speech_lengths
+from model import IGNORE_INDEX, SPEECH_INDEX, InputError, first_line, speech_lengths
 
 BLOCK = 4096  # frames read at a time from a corrupt file
+UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
+OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
 SLOT = "{speech}"
 DEFAULT_PROMPT = f"Speech: {SLOT}\nWrite down the words that were spoken."
 
@@ -59,7 +63,7 @@ class Manifest(Sequence):
             file.seek(self.offsets[index])
             record = parse_line(file.readline(), self.path, self.lines[index])
         beside = self.path.parent / record.wav
-        return record._replace(wav=beside) if beside.exists() else record
+        return record._replace(wav=beside) if os.path.exists(beside) else record  # False also for a name too long
 
 
 def parse_line(line: bytes, path: Path, number: int) -> Record:
@@ -118,6 +122,21 @@ def read_manifest(path: str | Path, need_txt: bool = True) -> Manifest:
     return manifest
 
 
+def check_file(path: Path) -> None:
+    """Raise InputError unless `path` is a file with something in it."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: {'is a directory' if os.path.isdir(path) else 'no such file'}")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: is empty (0 bytes)")
+
+
+def truncation(libsndfile_log: str) -> str:
+    """What libsndfile's log says of a header that promises more than there is; a streamed wav's open-ended size is fine."""
+    promised = re.search(r"data : (\d+) \(should be", libsndfile_log)
+    truncated = promised and int(promised[1]) < OPEN_ENDED_BYTES
+    return "truncated: its header promises more than the file holds" if truncated else ""
+
+
 def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
     """Read any audio file as float32 mono at 16 kHz (samples,), and what is wrong with it ("" if nothing).
 
@@ -125,23 +144,21 @@ def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
     libsndfile, the rest by the `ffmpeg` program where it is installed. Raises InputError when nothing can be read, or
     when samples are NaN or infinite.
     """
-    path, problem = Path(path), ""
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
-    if not path.stat().st_size:
-        raise InputError(f"{path}: is empty (0 bytes)")
+    path = Path(path)
+    check_file(path)
     try:
         with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            if "should be" in file.extra_info:
-                problem = "truncated: its header promises more than the file holds"
-            try:
-                audio = file.read(dtype="float32", always_2d=True).mean(1)
-            except soundfile.LibsndfileError as error:
-                audio = _until_the_damage(path)
-                problem = f"corrupt after {len(audio) / rate:.2f} s ({error.error_string})"
+            rate, problem = file.samplerate, truncation(file.extra_info)
+            if file.frames < UNKNOWN_FRAMES:
+                try:
+                    audio = file.read(dtype="float32", always_2d=True).mean(1)
+                except soundfile.LibsndfileError as error:
+                    audio = _in_blocks(path)
+                    problem = f"corrupt after {len(audio) / rate:.2f} s ({error.error_string})"
+            else:
+                audio = _in_blocks(path)
     except soundfile.LibsndfileError as error:
-        rate, audio = SAMPLE_RATE, _ffmpeg(path, error.error_string)
+        rate, (audio, problem) = SAMPLE_RATE, _ffmpeg(path, error.error_string)
     if problem and not len(audio):
         raise InputError(f"{path}: {problem}")
     if not np.isfinite(audio).all():
@@ -151,8 +168,8 @@ def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
     return audio, problem
 
 
-def _until_the_damage(path: Path) -> np.ndarray:
-    """What a corrupt file yields in small blocks; only then, since soundfile seeks between reads, which garbles mp3."""
+def _in_blocks(path: Path) -> np.ndarray:
+    """A file whose length is unknown, or that is corrupt: soundfile seeks between blocks, which would garble mp3."""
     blocks = [np.zeros(0, np.float32)]
     with soundfile.SoundFile(path) as file:
         try:
@@ -163,7 +180,7 @@ def _until_the_damage(path: Path) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def _ffmpeg(path: Path, why: str) -> np.ndarray:
+def _ffmpeg(path: Path, why: str) -> tuple[np.ndarray, str]:
     if not shutil.which("ffmpeg"):
         raise InputError(f"{path}: not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more")
     command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{path.resolve()}"]
@@ -171,16 +188,31 @@ def _ffmpeg(path: Path, why: str) -> np.ndarray:
     done = subprocess.run(command, capture_output=True)
     if not done.stdout:
         raise InputError(f"{path}: not audio that libsndfile or ffmpeg reads ({why})")
-    return np.frombuffer(done.stdout, np.float32)
+    complaint = done.stderr.decode("utf-8", "replace").strip().splitlines() if done.returncode else []
+    return np.frombuffer(done.stdout, np.float32), f"corrupt ({complaint[0]})" if complaint else ""
 
 
 def count_samples(path: Path) -> int:
-    """Samples at 16 kHz by the file's header alone where it has one; raises InputError."""
+    """Samples at 16 kHz by the file's header alone where it says; raises InputError for a file that is not whole."""
     try:
-        info = soundfile.info(path)
-        return math.ceil(info.frames * SAMPLE_RATE / info.samplerate)
-    except (soundfile.LibsndfileError, OSError):
-        return len(load_audio(path)[0])
+        with soundfile.SoundFile(path) as file:
+            frames, rate, problem = file.frames, file.samplerate, truncation(file.extra_info)
+        if frames < UNKNOWN_FRAMES and not problem:
+            return math.ceil(frames * SAMPLE_RATE / rate)
+    except soundfile.LibsndfileError:
+        pass
+    audio, problem = load_audio(path)
+    if problem:
+        raise InputError(f"{path}: {problem}: mend the file or remove the line")
+    return len(audio)
+
+
+def speech_vectors(samples: int, settings: dict) -> int:
+    """How many projector vectors `samples` at 16 kHz yield under a checkpoint's settings; 0 when they are too few."""
+    if samples <= N_FFT // 2:  # the spectrogram reflects half a window at each end
+        return 0
+    padded = N_SAMPLES if settings["encoder_padding"] == "30s" else samples
+    return speech_lengths(padded, settings["projector_stride"]).speech
 
 
 def log_mel(audio: np.ndarray, n_mels: int, encoder_padding: str = "none") -> Tensor:
@@ -194,7 +226,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -270,9 +302,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, manifest: Manifest, prompt: Prompt, settings: dict, max_length: int) -> None:
-        self.manifest, self.prompt, self.max_length = manifest, prompt, max_length
-        self.n_mels, self.stride = settings["encoder"]["n_mels"], settings["projector_stride"]
-        self.encoder_padding = settings["encoder_padding"]
+        self.manifest, self.prompt, self.settings, self.max_length = manifest, prompt, settings, max_length
         self.kept, self.lengths, self.dropped = array("q"), array("l"), Counter()  # lengths in samples
         for index, record in enumerate(manifest):
             samples = self._measure(record)
@@ -286,16 +316,17 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def _measure(self, record: Record) -> int:
         try:
+            check_file(record.wav)
             return round(record.duration * SAMPLE_RATE) if record.duration is not None else count_samples(record.wav)
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from None
 
     def unusable(self, samples: int, txt: str) -> str:
         """Why a clip of `samples` at 16 kHz with this transcript is left out ("" if it is not)."""
-        vectors = speech_lengths(N_SAMPLES if self.encoder_padding == "30s" else samples, self.stride).speech
+        vectors = speech_vectors(samples, self.settings)
         if samples > N_SAMPLES:
             return "longer than 30 s"
-        if not samples or not vectors:
+        if not vectors:
             return "shorter than one projector window"
         # the marker is one of the ids and makes room for `vectors`
         if len(self.prompt.example(txt)[0]) - 1 + vectors > self.max_length:
@@ -318,9 +349,11 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise InputError(f"{record.where}: {error}") from None
         problem = problem or self.unusable(len(audio), record.txt)
         if problem:
-            raise InputError(f"{record.where}: {record.wav}: {problem}: mend the file or remove the line")
+            raise InputError(
+                f'{record.where}: {record.wav}: {problem}: mend the file (or its "duration"), or remove the line'
+            )
         input_ids, labels = self.prompt.example(record.txt)
-        mel = log_mel(audio, self.n_mels, self.encoder_padding)
+        mel = log_mel(audio, self.settings["encoder"]["n_mels"], self.settings["encoder_padding"])
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "mel": mel}
 
 

@@ -12,11 +12,12 @@ on beside it (`config.json`).
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +27,15 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, WhisperConfig, WhisperModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    HfArgumentParser,
+    LogitsProcessor,
+    WhisperConfig,
+    WhisperModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper.audio import HOP_LENGTH
@@ -40,6 +49,11 @@ class InputError(ValueError):
     """A user's mistake, told in one line that names what is wrong and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with `error: …` on an InputError; anything else is a bug and keeps its traceback."""
@@ -47,6 +61,14 @@ def one_line_errors() -> Iterator[None]:
         yield
     except InputError as error:  # from a data worker it comes wrapped in that worker's traceback
         raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from None
+
+
+def parse(types: Sequence[type], argv: Sequence[str] | None) -> tuple:
+    """Dataclasses from the command line; a flag or value that cannot be is an InputError."""
+    try:
+        return HfArgumentParser(types).parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        raise InputError(first_line(error)) from None
 
 
 @dataclass
@@ -70,6 +92,12 @@ class ModelArguments:
     prompt: str | None = field(
         default=None, metadata={"help": "The user's words around the speech, with one {speech} in them."}
     )
+
+    def start(self) -> str | None:
+        """The checkpoint that was named, by either flag."""
+        if self.checkpoint and self.projector_model_path:
+            raise InputError("--checkpoint and --projector_model_path name the same thing: give one of them")
+        return self.checkpoint or self.projector_model_path
 
 
 class SpeechLengths(NamedTuple):
@@ -100,26 +128,24 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 
 
 def master_weight(p: nn.Parameter) -> Tensor:
-    """A trainable parameter in full and in the precision it is trained in (under ZeRO-3 the optimizer's float32 copy)."""
-    if hasattr(p, "_z3_optimizer"):
+    """A trainable parameter in full, in the precision it is trained in (under DeepSpeed the optimizer's float32 copy)."""
+    if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(p)
-    with gathered([p]):
-        return p.detach().clone()
+    return p.detach()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits that tell one frozen model from another wherever it lies: a sample of its first and last weights.
+    """Sixteen hex digits that tell one frozen model from another wherever it lies: the first values of every parameter.
 
-    Taken in bfloat16, so that it is the same however the weights were loaded.
+    Taken in bfloat16, so that it is the same for weights loaded in float32 and in bfloat16.
     """
-    parameters = list(model.parameters())
-    sample = [parameters[0], *parameters[-4:]]
     digest = hashlib.sha256()
-    with gathered(sample):
-        for weight in sample:
-            digest.update(weight.detach().flatten()[:1024].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for weight in model.parameters():
+        with gathered([weight]):
+            values = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
+        digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -153,11 +179,11 @@ class SpeechEncoder(nn.Module):
             return cls(_openai_encoder(name).to(dtype))
         try:
             return cls(WhisperModel.from_pretrained(name, dtype=dtype).get_encoder())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             names = ", ".join(whisper.available_models())
             raise InputError(
                 f"cannot load Whisper {name!r}: neither one of {names}, nor a .pt file, nor a Hugging Face "
-                f"name or folder ({_first_line(error)})"
+                f"name or folder ({first_line(error)})"
             ) from None
 
 
@@ -179,12 +205,15 @@ _OPENAI_NAMES = (
 
 def _openai_encoder(name: str) -> WhisperEncoder:
     try:
-        cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "download.lock"):  # one process of a job downloads, the others wait
+        lock = nullcontext()
+        if name in whisper.available_models():  # one process of a job downloads, the others wait
+            cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+            cache.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(cache / "download.lock")
+        with lock:
             model = whisper.load_model(name, device="cpu")
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
-        raise InputError(f"cannot load Whisper {name!r}: {_first_line(error)}") from None
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        raise InputError(f"cannot load Whisper {name!r}: {first_line(error)}") from None
     dims = model.dims
     encoder = WhisperEncoder(
         WhisperConfig(
@@ -203,10 +232,6 @@ def _openai_encoder(name: str) -> WhisperEncoder:
         state[key] = value
     encoder.load_state_dict(state, strict=True)
     return encoder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Conv1dProjector(nn.Module):
@@ -381,12 +406,8 @@ class SpeechLLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> Any:
-        """Strict over what is trained; frozen weights come from their own models, never from here."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in result.missing_keys if name in self.trainable()]
-        if strict and (missing or result.unexpected_keys):
-            raise InputError(f"weights do not match: missing {missing}, unexpected {result.unexpected_keys}")
-        return type(result)(missing, result.unexpected_keys)
+        """Frozen weights come from their own models, never from here; load_checkpoint is strict over the others."""
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def save_checkpoint(self, folder: str | Path, write: bool = True) -> None:
         """Write model.safetensors (trainable tensors, float32) and config.json. Every process calls it, one has `write`."""
@@ -398,9 +419,11 @@ class SpeechLLM(nn.Module):
         if write:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             text = json.dumps(self.settings, indent=2, ensure_ascii=False)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            partial = folder / "model.safetensors.partial"
+            save_file(state, partial, metadata={"format": "pt"})
+            os.replace(partial, folder / "model.safetensors")  # last, and whole: where it stands, a checkpoint does
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load what save_checkpoint wrote (the folder or its model.safetensors), or raise InputError with what differs."""
@@ -411,7 +434,7 @@ class SpeechLLM(nn.Module):
         try:
             state = load_file(file)
         except SafetensorError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({_first_line(error)})") from None
+            raise InputError(f"{file}: not a readable safetensors file ({first_line(error)})") from None
         own = self.trainable()
         shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
         wrong = [f"{name} {theirs}, expected {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
@@ -455,11 +478,11 @@ def _differences(stored: Any, built: Any, where: str = "") -> list[str]:
     return [] if stored == built else [f"{where} is {stored!r} in the checkpoint, {built!r} here"]
 
 
-def resolve_settings(args: ModelArguments) -> dict:
-    """Flags, completed by the checkpoint's config.json or the defaults; raises InputError when the two disagree."""
-    path = args.checkpoint or args.projector_model_path
-    if args.checkpoint and args.projector_model_path:
-        raise InputError("--checkpoint and --projector_model_path name the same thing: give one of them")
+def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
+    """Flags, completed by config.json of the checkpoint at `path` (if any) or the defaults.
+
+    Raises InputError when flags and checkpoint disagree.
+    """
     stored = read_settings(path) if path else {}
     flags = {"splice": args.splice, "encoder_padding": args.encoder_padding, "projector_stride": args.projector_stride}
     settings = {"splice": "frames", "encoder_padding": "none", "projector_stride": 5}
@@ -486,12 +509,14 @@ def build_model(
 
     `settings` is completed with sizes and fingerprints. `dtype` is that of the frozen weights. Raises InputError.
     """
-    encoder = SpeechEncoder.from_pretrained(settings["encoder"]["name"], dtype)
+    # float16 loses bits that the fingerprint needs: cast after it is taken
+    loaded = torch.float32 if dtype == torch.float16 else dtype
+    encoder = SpeechEncoder.from_pretrained(settings["encoder"]["name"], loaded)
     name = settings["llm"]["name"]
     try:
-        llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the LLM {name!r}: {_first_line(error)}") from None
+        llm = AutoModelForCausalLM.from_pretrained(name, dtype=loaded)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load the LLM {name!r}: {first_line(error)}") from None
     table = llm.get_input_embeddings()
     ends = llm.generation_config.eos_token_id if llm.generation_config else None
     ends = {end_of_turn, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -503,6 +528,9 @@ def build_model(
     settings["llm"] |= {"dim": llm_dim, "vocabulary": table.num_embeddings, "fingerprint": fingerprint(llm)}
     libraries = ("torch", "transformers", "openai-whisper")
     settings["versions"] = {library: version(library) for library in libraries}
+
+    if dtype != loaded and not is_deepspeed_zero3_enabled():  # DeepSpeed casts by its own configuration
+        encoder, llm = encoder.to(dtype), llm.to(dtype)
 
     projector = Conv1dProjector(encoder.dim, llm_dim, settings["projector_stride"])
     projector.calibrate(table)

@@ -21,19 +21,29 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
-from dataset import Manifest, Prompt, Record, SpeechCollator, load_audio, load_tokenizer, log_mel, read_manifest
+from dataset import (
+    Manifest,
+    Prompt,
+    Record,
+    SpeechCollator,
+    load_audio,
+    load_tokenizer,
+    log_mel,
+    read_manifest,
+    speech_vectors,
+)
 from model import (
     InputError,
     ModelArguments,
     SpeechLLM,
     build_model,
+    first_line,
     one_line_errors,
+    parse,
     resolve_settings,
-    speech_lengths,
     weights_file,
 )
 
@@ -68,12 +78,12 @@ class Transcriber:
     @classmethod
     def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
         """Rebuild exactly the system of the checkpoint that `model_args` name, or raise InputError."""
-        checkpoint = model_args.checkpoint or model_args.projector_model_path
+        checkpoint = model_args.start()
         if not checkpoint:
             raise InputError("give --checkpoint DIR or --projector_model_path …/model.safetensors")
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        settings = resolve_settings(model_args)
+        device = usable_device(args.device)
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        settings = resolve_settings(model_args, checkpoint)
         prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
         dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
         model = build_model(settings, prompt.end_of_turn, dtype, checkpoint)
@@ -85,11 +95,15 @@ class Transcriber:
         return cls.from_arguments(ModelArguments(checkpoint=str(folder)), DecodeArguments(**options))
 
     def usable(self, audio: np.ndarray) -> bool:
-        return speech_lengths(len(audio), self.model.projector.stride).speech > 0
+        """At least one projector window long and at most 30 s."""
+        return speech_vectors(len(audio), self.model.settings) > 0 and len(audio) <= N_SAMPLES
 
     def transcribe(self, clips: Sequence[np.ndarray]) -> list[str]:
-        """One text for each clip: float32 (samples,) at 16 kHz, at most 30 s and at least one projector window long."""
+        """One text for each clip, float32 (samples,) at 16 kHz. Raises InputError unless every clip is `usable`."""
         settings = self.model.settings
+        wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
+        if wrong:
+            raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: cut_at_pauses helps")
         n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
         ids = torch.tensor(self.prompt.ids)
         batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
@@ -120,8 +134,20 @@ def cut_at_pauses(audio: np.ndarray, longest: int = N_SAMPLES) -> list[np.ndarra
     return [*pieces, audio]
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is; raises InputError for one that is not there."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name or best)
+        return torch.device(name or best)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {first_line(error)}") from None
+
+
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    """Each device words it in its own way."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[str | InputError]:
@@ -184,7 +210,8 @@ class Progress:
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         whole = lines[:-1]  # what follows the last newline was cut off by the interruption
         if whole and whole[0] == json.dumps(identity):
-            self.done = {outcome.key: outcome for outcome in (Outcome(*json.loads(line)) for line in whole[1:])}
+            outcomes = (Outcome(*json.loads(line)) for line in whole[1:])
+            self.done = {outcome.key: outcome for outcome in outcomes if not outcome.error}  # the others are tried again
         with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(identity) + "\n")
         self.add(list(self.done.values()))
@@ -212,7 +239,7 @@ def run(model_args: ModelArguments, args: DecodeArguments) -> int:
         finished.write_text("".join(f"{o.key} {o.text}\n" for o in outcomes), encoding="utf-8")
         os.replace(finished, result)
         partial_path(result).unlink()
-    except OSError as error:
+    except OSError as error:  # bad clips were reported one by one: what is left is the result's own folder
         raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
     return summarize(outcomes, wall, result)
 
@@ -225,7 +252,7 @@ def decode_manifest(
     transcriber: Transcriber, manifest: Manifest, result: Path, model_args: ModelArguments, args: DecodeArguments
 ) -> tuple[list[Outcome], float]:
     """Decode what an earlier, interrupted run has not; (outcomes in manifest order, seconds taken)."""
-    weights = weights_file(model_args.checkpoint or model_args.projector_model_path)
+    weights = weights_file(model_args.start())
     digests = [sha256(path.read_bytes()).hexdigest() for path in (weights, manifest.path)]
     options = [args.num_beams, args.max_new_tokens, args.dtype]
     progress = Progress(partial_path(result), {"weights": digests[0], "manifest": digests[1], "options": options})
@@ -254,8 +281,7 @@ def summarize(outcomes: list[Outcome], wall: float, result: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     with one_line_errors():
-        parser = HfArgumentParser((ModelArguments, DecodeArguments))
-        return run(*parser.parse_args_into_dataclasses(argv))
+        return run(*parse((ModelArguments, DecodeArguments), argv))
 
 
 if __name__ == "__main__":

@@ -70,19 +70,21 @@ def align(reference: list[str], hypothesis: list[str]) -> list[tuple[str | None,
     r = np.array([ids.setdefault(token, len(ids)) for token in reference], dtype=np.int32)
     h = np.array([ids.setdefault(token, len(ids)) for token in hypothesis], dtype=np.int32)
     ramp = GAP * np.arange(m + 1, dtype=np.int32)
-    cost = np.empty((n + 1, m + 1), dtype=np.int32)
-    cost[0] = ramp
+    cost, insert, diagonal = ramp, np.ones((n + 1, m + 1), dtype=bool), np.zeros((n + 1, m + 1), dtype=bool)
     for i in range(1, n + 1):
-        cost[i] = cost[i - 1] + GAP
-        np.minimum(cost[i, 1:], cost[i - 1, :-1] + SUBSTITUTION * (h != r[i - 1]), out=cost[i, 1:])
-        cost[i] = np.minimum.accumulate(cost[i] - ramp) + ramp  # insertions, left to right
+        above, cost = cost, cost + GAP
+        across = above[:-1] + SUBSTITUTION * (h != r[i - 1])
+        np.minimum(cost[1:], across, out=cost[1:])
+        cost = np.minimum.accumulate(cost - ramp) + ramp  # insertions, left to right
+        diagonal[i, 1:] = cost[1:] == across
+        insert[i, 1:], insert[i, 0] = cost[1:] == cost[:-1] + GAP, False
     pairs: list[tuple[str | None, str | None]] = []
     i, j = n, m
-    while i or j:
-        if i and j and cost[i, j] == cost[i - 1, j - 1] + SUBSTITUTION * int(r[i - 1] != h[j - 1]):
+    while i or j:  # where several paths cost the same, sclite's choice: diagonal, then insertion
+        if diagonal[i, j]:
             i, j = i - 1, j - 1
             pairs.append((reference[i], hypothesis[j]))
-        elif j and cost[i, j] == cost[i, j - 1] + GAP:
+        elif insert[i, j]:
             j -= 1
             pairs.append((None, hypothesis[j]))
         else:
@@ -216,7 +218,8 @@ def read_texts(path: str | Path) -> dict[str, str]:
             raise ScoreError(f"{path}:{number}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
         if not line.strip():
             continue
-        key, text = _json_line(line, f"{path}:{number}") if str(path).endswith(".jsonl") else _text_line(line)
+        json_line = line.lstrip().startswith("{") or str(path).endswith(".jsonl")
+        key, text = _json_line(line, f"{path}:{number}") if json_line else _text_line(line)
         if key in texts:
             raise ScoreError(f"{path}:{number}: key {key!r} was seen before: keys must be unique")
         texts[key] = text

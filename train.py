@@ -10,6 +10,7 @@ continues from the newest complete checkpoint in --output_dir. The trained weigh
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,12 +21,21 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import HfArgumentParser, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
 from dataset import Prompt, SpeechCollator, SpeechDataset, load_tokenizer, read_manifest
-from model import InputError, ModelArguments, SpeechLLM, build_model, one_line_errors, resolve_settings
+from model import (
+    InputError,
+    ModelArguments,
+    SpeechLLM,
+    build_model,
+    first_line,
+    one_line_errors,
+    parse,
+    resolve_settings,
+)
 
 
 @dataclass
@@ -51,6 +61,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         if not self.save_safetensors:
             raise InputError("--save_safetensors False is not possible: checkpoints are always safetensors")
+        if self.label_smoothing_factor or self.neftune_noise_alpha:
+            raise InputError("--label_smoothing_factor and --neftune_noise_alpha are not supported: leave them out")
         if self.warmup_ratio and not self.warmup_steps:  # as ever: steps win over the ratio
             self.warmup_steps = self.warmup_ratio
         if self.group_by_length:
@@ -86,23 +98,50 @@ RENAMED = {
     "--per_gpu_train_batch_size": "--per_device_train_batch_size",
     "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
 }
+# dropped, and without effect on what is trained here
+WITHOUT_EFFECT = """
+    --fp16_backend --fp16_opt_level --half_precision_backend --include_inputs_for_metrics --include_tokens_per_second
+    --jit_mode_eval --mp_parameters --past_index --ray_scope --tpu_metrics_debug --tpu_num_cores --use_ipex
+    --use_legacy_prediction_loop --use_mps_device
+""".split()  # noqa: SIM905
 
 
 def current_flags(argv: Sequence[str]) -> list[str]:
-    """Flags under their present names, `--flag value` and `--flag=value` alike."""
-    parts = [(arg.partition("=") if arg.startswith("--") else (arg, "", "")) for arg in argv]
-    return [RENAMED.get(flag, flag) + equals + value for flag, equals, value in parts]
+    """Flags under their present names, `--flag value` and `--flag=value` alike; those without effect are said and left."""
+    flags: list[str] = []
+    skip = False
+    for arg in argv:
+        name, equals, value = arg.partition("=") if arg.startswith("--") else (arg, "", "")
+        skip = name in WITHOUT_EFFECT or (skip and not arg.startswith("--"))
+        if name in WITHOUT_EFFECT:
+            print(f"{name} has no effect any more: ignored", file=sys.stderr)
+        if not skip:
+            flags.append(RENAMED.get(name, name) + equals + value)
+    return flags
 
 
 def _deepspeed_on_cpu() -> None:
     """DeepSpeed asks accelerate for a backend; without a GPU it must be told before the first TrainingArguments."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}  # torchrun sets them all
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # several a step
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a compiler runs at the first collective
     PartialState(backend="gloo")
+
+
+class LengthSampler(LengthGroupedSampler):
+    """Batches of like lengths, another order each epoch, the same after a resume."""
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 class SpeechTrainer(Trainer):
@@ -125,8 +164,7 @@ class SpeechTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         dataset = train_dataset or self.train_dataset
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(self.args.seed)
-        return LengthGroupedSampler(size, lengths=list(dataset.lengths), generator=generator)
+        return LengthSampler(size, dataset.lengths, self.args.seed)
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -146,11 +184,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if not data_args.data_path:
         raise InputError("give --data_path, the training manifest (jsonl)")
     set_seed(args.seed)
-    settings = resolve_settings(model_args)
+    resume = args.resume_from_checkpoint or newest_complete_checkpoint(args.output_dir)
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        resume = None
+        with args.main_process_first():  # else a later start would continue the old run
+            for folder in Path(args.output_dir).glob("checkpoint-*") if args.should_save else ():
+                shutil.rmtree(folder)
+    start = resume or model_args.start()
+    settings = resolve_settings(model_args, start)
     manifest = read_manifest(data_args.data_path)
     prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    start = model_args.checkpoint or model_args.projector_model_path
     model = build_model(settings, prompt.end_of_turn, dtype, start)
 
     train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length)
@@ -159,26 +203,30 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         eval_set = SpeechDataset(read_manifest(data_args.eval_data_path), prompt, settings, args.model_max_length)
     if args.process_index == 0:
         print(f"projector: {model.projector.size()} (÷ 1024²) parameters")
-        print(f"{data_args.data_path}: {train_set.summary()}", flush=True)
+        print(f"{data_args.data_path}: {train_set.summary()}")
+        print(f"{data_args.eval_data_path}: {eval_set.summary()}" if eval_set else "no evaluation set")
+        print(f"continuing from {resume}" if resume else f"starting from {start or 'an untrained projector'}", flush=True)
 
-    trainer = SpeechTrainer(
-        model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, data_collator=SpeechCollator()
-    )
-    resume = args.resume_from_checkpoint
-    if not resume and not args.overwrite_output_dir:
-        resume = newest_complete_checkpoint(args.output_dir)
-    if resume and args.process_index == 0:
-        print(f"continuing from {resume}", flush=True)
+    args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; several need torchrun, not nn.DataParallel
+    try:
+        trainer = SpeechTrainer(
+            model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, data_collator=SpeechCollator()
+        )
+    except ValueError as error:
+        raise InputError(first_line(error)) from None
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.save_model()
     trainer.save_state()
+    trainer.save_model()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     with one_line_errors():
-        parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-        run(*parser.parse_args_into_dataclasses(current_flags(sys.argv[1:] if argv is None else argv)))
+        parsed = parse((ModelArguments, DataArguments, TrainingArguments), current_flags(argv or sys.argv[1:]))
+        try:
+            run(*parsed)
+        except OSError as error:
+            raise InputError(f"{error.filename or 'system'}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole loop on real speech and two small real models, without GPU or model hub: bash demo/demo.sh
 # Ctrl-C stops it anywhere; started again it continues, and skips what is done. rm -r demo/exp starts over.
-set -euo pipefail
+set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
 trap 'echo "error: the demo stopped at the last command above; started again, it continues there" >&2' ERR
@@ -44,7 +44,7 @@ recognize "$out/untrained" demo/data/test.jsonl "$out/untrained.test.txt"
 
 say "Training: encoder and LLM stay frozen, the projector learns (about six minutes on 2 cores)"
 make_once "$out/trained/model.safetensors" python train.py "${models[@]}" --data_path "$out/train.jsonl" \
-    --output_dir "$out/trained" --max_steps 300 --per_device_train_batch_size 8 --group_by_length --bf16 "$bf16" \
+    --output_dir "$out/trained" --max_steps 360 --per_device_train_batch_size 8 --group_by_length --bf16 "$bf16" \
     --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 10 --save_steps 50 \
     --save_total_limit 2 --report_to none
 make_once "$out/loss.png" python demo/plot.py "$out/trained" "$out/loss.png"
@@ -57,11 +57,11 @@ say "Scores"
 printf '$ python score.py --ref demo/data/test.jsonl --hyp %s --per_utterance\n' "$out/test.txt"
 python score.py --ref demo/data/test.jsonl --hyp "$out/test.txt"
 
+pairs() { python score.py --ref "$1" --hyp "$2" --per_utterance >"$out/pairs"; grep -A2 -E "$3" "$out/pairs" | cut -c1-120; }
 say "A few clips it learned from"
-paste_pairs() { python score.py --ref "$1" --hyp "$2" --per_utterance | sed -n "$3"; }
-paste_pairs "$out/train.jsonl" "$out/train.txt" '1,15p'
+pairs "$out/train.jsonl" "$out/train.txt" '^(conf-muted|vm-advopts|pbx-parkingfailed|phonetic-o_p|vm-msgsaved):'
 say "A few clips it never heard"
-paste_pairs demo/data/test.jsonl "$out/test.txt" '1,15p'
+pairs demo/data/test.jsonl "$out/test.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
 
 say "WER"
 printf '%-42s %s\n' "test clips, before training" "$(wer demo/data/test.jsonl "$out/untrained.test.txt")" \

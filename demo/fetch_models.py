@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 MODELS = Path(__file__).resolve().parent / "models"
 
 
@@ -235,8 +237,8 @@ def main() -> None:
     for name in asked:
         try:
             fetch(known[name.removesuffix(".pt")])
-        except OSError as error:
-            sys.exit(f"error: {name}: {error}")
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
+            sys.exit(f"error: {name}: {str(error).splitlines()[0]}: is the disk full?")
 
 
 if __name__ == "__main__":

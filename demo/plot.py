@@ -19,7 +19,9 @@ def main(output_dir: str, png: str) -> None:
         xlabel="optimizer step", ylabel="loss of the answer's tokens", title=f"Training loss, {output_dir}", ylim=(0, None)
     )
     axes.grid(alpha=0.3)
-    figure.savefig(png, dpi=120)
+    partial = Path(png).with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(png)
 
 
 if __name__ == "__main__":

@@ -105,9 +105,9 @@ def build_system(llm: Path, encoder: Path, **flags):
     """A SpeechLLM with its prompt and settings, the projector seeded."""
     torch.manual_seed(7)
     args = ModelArguments(llm_model_name_or_path=str(llm), whisper_model_name_or_path=str(encoder), **flags)
-    settings = resolve_settings(args)
+    settings = resolve_settings(args, args.start())
     prompt = Prompt.build(load_tokenizer(str(llm)), args.prompt, settings)
-    model = build_model(settings, prompt.end_of_turn, checkpoint=args.checkpoint or args.projector_model_path)
+    model = build_model(settings, prompt.end_of_turn, checkpoint=args.start())
     return SimpleNamespace(model=model, prompt=prompt, settings=settings)
 
 

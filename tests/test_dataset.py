@@ -9,7 +9,7 @@ import soundfile
 import torch
 from conftest import RATE, audio, build_system, byte_tokenizer, write_clip, write_manifest
 
-from dataset import PromptText, SpeechCollator, SpeechDataset, load_audio, read_manifest, render
+from dataset import PromptText, SpeechCollator, SpeechDataset, count_samples, load_audio, read_manifest, render
 from model import IGNORE_INDEX, SPEECH_INDEX, InputError
 
 IM_START, IM_END = 257, 258
@@ -194,13 +194,16 @@ def bad_audio(folder, kind):
         ("inf", "NaN or infinite"),
     ],
 )
-def test_unusable_files_stop_training_with_line_path_and_reason(qwen, tmp_path, kind, why):
+@pytest.mark.parametrize("stated", [{}, {"duration": 1.0}])
+def test_unusable_files_stop_training_with_line_path_and_reason(qwen, tmp_path, kind, why, stated):
     path = bad_audio(tmp_path, kind)
     write_clip(tmp_path / "good.wav", 1.0)
-    items = [{"wav": "good.wav", "txt": "a"}, {"wav": str(path), "txt": "b"}]
+    items = [{"wav": "good.wav", "txt": "a"}, {"wav": str(path), "txt": "b", **stated}]
     manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", items))
     with pytest.raises(InputError, match=rf"m.jsonl:2: .*{kind}.wav: .*{why}"):
-        SpeechDataset(manifest, qwen.prompt, qwen.settings, 512)[1]
+        dataset = SpeechDataset(manifest, qwen.prompt, qwen.settings, 512)
+        assert kind in ("nan", "inf") or stated, "all else is found before training starts"
+        dataset[1]
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
@@ -214,6 +217,32 @@ def test_truncated_file_stops_training_and_yields_what_can_be_read(qwen, tmp_pat
     manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", items))
     with pytest.raises(InputError, match=rf"m.jsonl:1: .*cut.{suffix}: (truncated|corrupt)"):
         SpeechDataset(manifest, qwen.prompt, qwen.settings, 512)[0]
+
+
+def test_files_written_to_a_pipe_are_whole(tmp_path):
+    """Their headers cannot know the length: a FLAC says 0 samples (libsndfile: 2 ** 63 - 1), a wav 2 ** 32 - 1 bytes."""
+    flac = bytearray(write_clip(tmp_path / "a.flac", 2.0).read_bytes())
+    assert flac[4] & 0x7F == 0  # STREAMINFO comes first; its total is the last 36 bits before the MD5
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(flac)
+    wav = bytearray(write_clip(tmp_path / "a.wav", 2.0).read_bytes())
+    wav[40:44] = b"\xff\xff\xff\xff"
+    (tmp_path / "piped.wav").write_bytes(wav)
+    for name in ("piped.flac", "piped.wav"):
+        samples, problem = load_audio(tmp_path / name)
+        assert (len(samples), problem) == (2 * RATE, ""), name
+        assert count_samples(tmp_path / name) == 2 * RATE
+
+
+def test_a_corrupt_file_yields_what_stands_before_the_damage(tmp_path):
+    whole = bytearray(write_clip(tmp_path / "a.flac", 4.0).read_bytes())
+    half = len(whole) // 2
+    whole[half : half + 2000] = bytes(2000)
+    (tmp_path / "bad.flac").write_bytes(whole)
+    samples, problem = load_audio(tmp_path / "bad.flac")
+    assert "corrupt after" in problem
+    assert RATE < len(samples) < 3 * RATE
 
 
 def test_clips_that_do_not_fit_are_dropped_counted_and_said(qwen, tmp_path):

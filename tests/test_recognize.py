@@ -97,13 +97,41 @@ def test_a_truncated_file_is_decoded_as_far_as_it_goes_and_reported(trained, tmp
     assert "truncated" in (err := capsys.readouterr().err) or "corrupt after" in err
 
 
-def test_silence_is_bounded_by_its_duration(trained):
+def test_the_number_of_new_tokens_is_bounded_by_the_duration(trained):
+    """A model that never stops by itself: half a second and three of silence yield exactly what they are allowed."""
     transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu")
-    seen = []
-    generate = transcriber.model.generate
-    transcriber.model.generate = lambda **kw: seen.append(generate(**kw)) or seen[-1]
-    transcriber.transcribe([np.zeros(RATE, np.float32)])
-    assert seen[0].shape[1] <= recognize.MAX_TOKENS_PER_SECOND + recognize.SPARE_TOKENS + 1
+    head = transcriber.model.llm.get_output_embeddings()
+    head.register_forward_hook(
+        lambda module, inputs, logits: torch.nn.functional.one_hot(torch.tensor(65), 259) + 0 * logits
+    )
+    texts = transcriber.transcribe([np.zeros(RATE // 2, np.float32), np.zeros(3 * RATE, np.float32)])
+    letter = transcriber.prompt.tokenizer.decode([65])
+    assert texts == [letter * (6 + recognize.SPARE_TOKENS), letter * (36 + recognize.SPARE_TOKENS)]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 31.0])
+def test_the_python_interface_refuses_clips_it_cannot_take(trained, seconds):
+    with pytest.raises(InputError, match=r"must be one projector window to 30 s long, not (0\.05|31\.00) s"):
+        Transcriber.from_checkpoint(trained, device="cpu").transcribe([audio(1.0), audio(seconds)])
+
+
+def test_failed_clips_are_tried_again_by_the_next_run(tiny, trained, tmp_path, monkeypatch, echo):
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": "a.wav"}, {"key": "b", "wav": "b.wav"}])
+    real = recognize.recognize
+
+    def killed_at_the_end(transcriber, records, batch_size):
+        if records[0].key == "b":
+            raise KeyboardInterrupt
+        return real(transcriber, records, batch_size)
+
+    monkeypatch.setattr(recognize, "recognize", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=1))
+    monkeypatch.setattr(recognize, "recognize", real)
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.wav", 1.0)
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=1)) == 0
+    assert lines(tmp_path / "r.txt") == ["a 1.0", "b 1.0"]
 
 
 def test_long_audio_is_cut_at_its_pauses():
@@ -144,6 +172,22 @@ def fake(limit: int):
 
     calls: list[int] = []
     return SimpleNamespace(transcribe=transcribe, calls=calls)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_known_on_every_device(error):
+    assert recognize.out_of_memory(error)
 
 
 def test_out_of_memory_halves_the_batch_and_at_one_reports():
@@ -208,13 +252,21 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
         (["--data_path", "x.jsonl"], "error: give --checkpoint DIR"),
         (["--checkpoint", "no-such-folder", "--data_path", "MANIFEST"], "error: no-such-folder is not a checkpoint"),
         (["--checkpoint", "TRAINED"], "error: give --data_path"),
+        (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--beams", "3"], "error: Some specified arguments are not"),
+        (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--device", "gpu"], "error: --device gpu cannot be used"),
+        (
+            ["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--llm_model_name_or_path", "LLAMA"],
+            "error: TRAINED does not fit these models: llm.fingerprint",
+        ),
+        (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--result_path", "/dev/null/r.txt"], "error: /dev/null"),
         (["--checkpoint", "TRAINED", "--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
         (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--num_beams", "0"], "error: --num_beams must be"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tiny, trained, arguments, message):
     names = {"TRAINED": str(trained), "MANIFEST": str(tiny.manifest), "x.jsonl": str(tiny.manifest)}
+    names["LLAMA"] = str(tiny.llama)
     done = run_script("python", "recognize.py", *(names.get(a, a) for a in arguments))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(message)
+    assert done.stderr.splitlines()[-1].startswith(message.replace("TRAINED", str(trained))), done.stderr
     assert "Traceback" not in done.stderr
