@@ -17,6 +17,7 @@ import subprocess
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,13 +171,14 @@ def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
 
 def _in_blocks(path: Path) -> np.ndarray:
     """A file whose length is unknown, or that is corrupt: soundfile seeks between blocks, which would garble mp3."""
-    blocks = [np.zeros(0, np.float32)]
-    with soundfile.SoundFile(path) as file:
-        try:
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block.mean(1))
-        except soundfile.LibsndfileError:
-            pass
+    blocks, done, size = [np.zeros(0, np.float32)], 0, BLOCK
+    while size:
+        with soundfile.SoundFile(path) as file, suppress(soundfile.LibsndfileError):
+            file.seek(done)
+            while len(block := file.read(size, dtype="float32", always_2d=True).mean(1)):
+                blocks.append(block)
+                done += len(block)
+        size //= 2  # the end or the damage lies within the next block: come closer
     return np.concatenate(blocks)
 
 

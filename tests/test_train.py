@@ -188,7 +188,7 @@ def test_group_by_length_forms_batches_of_like_clips(tiny, tmp_path):
         (["--llm_model_name_or_path", "./nowhere"], "error: cannot load the tokenizer of './nowhere'"),
         (["--prompt", "no slot"], "error: --prompt must hold {speech} exactly once"),
         (["--checkpoint", "./nowhere"], "error: ./nowhere is not a checkpoint"),
-        (["--learning_rat", "1"], "error: Some specified arguments are not used"),
+        (["--learning_rte", "1"], "error: Some specified arguments are not used"),
         (["--fp16", "True", "--bf16", "True"], "error: At most one of fp16 and bf16 can be True"),
         (["--output_dir", "/dev/null/x"], "error: /dev/null/x: Not a directory"),
         (["--label_smoothing_factor", "0.1"], "error: --label_smoothing_factor and --neftune_noise_alpha are not"),
@@ -215,10 +215,12 @@ def test_a_bad_file_met_by_a_data_worker_is_one_line_too(tiny, tmp_path):
 
 def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
     """Plain DDP on a CPU: the loss of 2 × 2 clips is that of 1 × 4 (tolerance 1e-4)."""
-    train.main(arguments(tiny, tmp_path / "one", "--max_steps", "3", "--per_device_train_batch_size", "4"))
+    items = [clip | {"wav": str(tiny.root / clip["wav"])} for clip in tiny.clips[:4]]
+    common = ("--max_steps", "3", "--data_path", write_manifest(tmp_path / "four.jsonl", items))
+    train.main(arguments(tiny, tmp_path / "one", *map(str, common), "--per_device_train_batch_size", "4"))
     done = run_script(
         *("torchrun", "--standalone", "--nproc_per_node=2", "train.py"),
-        *arguments(tiny, tmp_path / "two", "--max_steps", "3"),
+        *arguments(tiny, tmp_path / "two", *common),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
