@@ -167,6 +167,9 @@ def convert_whisper(source: Path, target: Path) -> None:
 def convert_gguf(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     folder, file = source.parent, source.name
     quantization = GgufConfig(gguf_file=file, dequantize=True)
@@ -229,6 +232,7 @@ def fetch(name: str) -> Path:
 
 
 def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a conversion needs no other, and deepspeed need not look for one
     asked = sys.argv[1:] or DEFAULT
     known = {name.removesuffix(".pt"): name for name in SOURCES}
     unknown = [name for name in asked if name.removesuffix(".pt") not in known]
