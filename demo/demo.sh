@@ -42,7 +42,7 @@ make_once "$out/untrained/model.safetensors" python train.py "${models[@]}" --da
     --output_dir "$out/untrained" --max_steps 1 --learning_rate 0 --save_strategy no --report_to none --disable_tqdm True
 recognize "$out/untrained" demo/data/test.jsonl "$out/untrained.test.txt"
 
-say "Training: encoder and LLM stay frozen, the projector learns (four to eight minutes on 2 cores)"
+say "Training: encoder and LLM stay frozen, the projector learns (about six minutes on 2 cores)"
 make_once "$out/trained/model.safetensors" python train.py "${models[@]}" --data_path "$out/train.jsonl" \
     --output_dir "$out/trained" --max_steps 240 --per_device_train_batch_size 8 --group_by_length --bf16 "$bf16" \
     --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 10 --save_steps 40 \
@@ -54,12 +54,14 @@ recognize "$out/trained" "$out/train.jsonl" "$out/train.txt"
 recognize "$out/trained" demo/data/test.jsonl "$out/test.txt"
 
 say "Scores"
-printf '$ python score.py --ref demo/data/test.jsonl --hyp %s --per_utterance\n' "$out/test.txt"
-python score.py --ref demo/data/test.jsonl --hyp "$out/test.txt"
+for set in "$out/train" demo/data/test; do
+    printf '$ python score.py --ref %s --hyp %s\n' "$set.jsonl" "$out/${set##*/}.txt"
+    python score.py --ref "$set.jsonl" --hyp "$out/${set##*/}.txt"
+done
 
 pairs() { python score.py --ref "$1" --hyp "$2" --per_utterance >"$out/pairs"; grep -A2 -E "$3" "$out/pairs" | cut -c1-120; }
 say "A few clips it learned from"
-pairs "$out/train.jsonl" "$out/train.txt" '^(hello-world|confbridge-locked|dir-multi9|phonetic-b_p|tt-allbusy):'
+pairs "$out/train.jsonl" "$out/train.txt" '^(hello-world|confbridge-locked|dir-multi9|phonetic-b_p|at-tone-time-exactly):'
 say "A few clips it never heard"
 pairs demo/data/test.jsonl "$out/test.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
 
