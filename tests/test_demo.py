@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import zipfile
 
@@ -82,3 +83,59 @@ def test_every_decision_is_in_the_table_and_obeyed():
     for key, text, why in rows:
         assert re.search(rf"^\| {re.escape(key)} \|.*\| {re.escape(text)} \| {re.escape(why)} \|$", table, re.MULTILINE)
         assert manifest.get(key.replace("/", "-"), "-") == text
+
+
+STUB = """#!/usr/bin/env bash
+# Stands for python in the demo: notes the call and leaves the files that the real script would.
+echo "$*" >>calls
+[[ -n "$FAIL_ON" && "$*" == *"$FAIL_ON"* ]] && exit 3
+[[ "$1" == score.py ]] && printf '%s: 0.00 %%\\n' hello-world conf-full && echo 'WER: 12.34 % (S 1)'
+while [[ $# -gt 0 ]]; do
+    case $1 in
+    --output_dir) mkdir -p "$2" && touch "$2/model.safetensors" ;;
+    --result_path) touch "$2" ;;
+    demo/fetch_models.py) mkdir -p demo/models/SmolLM2-135M-Instruct ;;
+    demo/plot.py) touch "$3" ;;
+    esac
+    shift
+done
+exit 0
+"""
+
+
+def test_the_demo_says_where_it_stopped_and_goes_on_from_there(tmp_path):
+    """Without `set -E` the trap never fired inside functions: a failing step ended the demo without a word."""
+    for name in ("demo/demo.sh", "demo/setup.sh", "demo/data/train.jsonl", "requirements.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / "requirements.installed")
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/stub:$PATH\n")
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "python").write_text(STUB)
+    (tmp_path / "stub" / "python").chmod(0o755)
+
+    def calls() -> list[str]:
+        lines = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").unlink()
+        return [re.sub(r"(train|recognize).py.*demo/exp/(\S*).*--(max_steps|num_beams).*", r"\1 \2", line) for line in lines]
+
+    stopped = run_script("bash", tmp_path / "demo" / "demo.sh", FAIL_ON="exp/trained --max_steps")
+    assert stopped.returncode == 3
+    assert "error: the demo stopped at the last command above; started again, it continues there" in stopped.stderr
+    first = calls()
+    assert [call for call in first if "score" not in call] == [
+        "demo/fetch_models.py",
+        "train untrained",
+        "recognize untrained.test.txt",
+        "train trained",
+    ]
+    finished = run_script("bash", tmp_path / "demo" / "demo.sh", FAIL_ON="")
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"test clips \(never heard\), after +12.34 %", finished.stdout)
+    assert [call for call in calls() if "score" not in call] == [
+        "train trained",
+        "demo/plot.py demo/exp/trained demo/exp/loss.png",
+        "recognize train.txt",
+        "recognize test.txt",
+    ]
