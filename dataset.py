@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from whisper.audio import N_FFT, N_SAMPLES, SAMPLE_RATE
 
-from model import IGNORE_INDEX, SPEECH_INDEX, InputError, first_line, speech_lengths
+from model import IGNORE_INDEX, REMEDY, SPEECH_INDEX, InputError, cannot_load, speech_lengths
 
 BLOCK = 4096  # frames read at a time from a corrupt file
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
@@ -71,7 +71,7 @@ def parse_line(line: bytes, path: Path, number: int) -> Record:
     """One manifest line as a Record; raises InputError naming `path:number`."""
     where = f"{path}:{number}"
     try:
-        item = json.loads(line.decode("utf-8"))
+        item = json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -191,7 +191,7 @@ def _ffmpeg(path: Path, why: str) -> tuple[np.ndarray, str]:
     if not done.stdout:
         raise InputError(f"{path}: not audio that libsndfile or ffmpeg reads ({why})")
     complaint = done.stderr.decode("utf-8", "replace").strip().splitlines() if done.returncode else []
-    return np.frombuffer(done.stdout, np.float32), f"corrupt ({complaint[0]})" if complaint else ""
+    return np.frombuffer(done.stdout, np.float32).copy(), f"corrupt ({complaint[0]})" if complaint else ""
 
 
 def count_samples(path: Path) -> int:
@@ -228,7 +228,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from None
+        raise cannot_load("tokenizer of the LLM", "--llm_model_name_or_path", name, error) from None
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Prompt:
         stored = settings.get("prompt")
         text = render(tokenizer, words or DEFAULT_PROMPT) if words or not stored else PromptText(**stored)
         if stored and asdict(text) != stored:
-            raise InputError(f"--prompt gives {asdict(text)}, the checkpoint was trained with {stored}: leave it out")
+            raise InputError(f"--prompt is not what the checkpoint was trained with: {REMEDY}")
         settings["prompt"] = asdict(text)
         return cls(tokenizer, text)
 

@@ -66,9 +66,18 @@ def one_line_errors() -> Iterator[None]:
 def parse(types: Sequence[type], argv: Sequence[str] | None) -> tuple:
     """Dataclasses from the command line; a flag or value that cannot be is an InputError."""
     try:
-        return HfArgumentParser(types).parse_args_into_dataclasses(argv)
+        *parsed, unknown = HfArgumentParser(types).parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         raise InputError(first_line(error)) from None
+    if unknown:
+        raise InputError(f"unknown flags or values: {' '.join(unknown)} (--help lists what there is)")
+    return tuple(parsed)
+
+
+def cannot_load(what: str, flag: str, name: str, error: BaseException) -> InputError:
+    """An InputError for a model that is neither a folder here nor to be had by name."""
+    local = "" if os.path.isdir(name) else "no such folder here, and "
+    return InputError(f"cannot load the {what} {name!r}: {local}{first_line(error)}: give {flag}")
 
 
 @dataclass
@@ -212,8 +221,10 @@ def _openai_encoder(name: str) -> WhisperEncoder:
             lock = FileLock(cache / "download.lock")
         with lock:
             model = whisper.load_model(name, device="cpu")
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"cannot load Whisper {name!r}: {first_line(error)}") from None
+    except (KeyError, TypeError, EOFError, UnpicklingError):
+        raise InputError(f"cannot load Whisper {name!r}: it is no .pt file of openai-whisper") from None
     dims = model.dims
     encoder = WhisperEncoder(
         WhisperConfig(
@@ -427,9 +438,11 @@ class SpeechLLM(nn.Module):
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load what save_checkpoint wrote (the folder or its model.safetensors), or raise InputError with what differs."""
-        differing = _differences(read_settings(path), self.settings)
+        stored = read_settings(path)
+        differing = _differences(stored, self.settings)
         if differing:
-            raise InputError(f"{path} does not fit these models: " + "; ".join(differing))
+            trained = f"{stored['encoder'].get('name')} and {stored['llm'].get('name')}"
+            raise InputError(f"{path} does not fit these models: {'; '.join(differing)} (trained with {trained})")
         file = weights_file(path)
         try:
             state = load_file(file)
@@ -457,7 +470,9 @@ def read_settings(path: str | Path) -> dict:
     missing = [file.name for file in (weights, config) if not file.is_file()]
     if missing:
         folder = weights.parent
-        here = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        if not os.path.exists(path):
+            raise InputError(f"{path} is not a checkpoint: no such file or folder")
+        here = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
         raise InputError(f"{path} is not a checkpoint: {' and '.join(missing)} missing in {folder} (there: {here})")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
@@ -468,6 +483,7 @@ def read_settings(path: str | Path) -> dict:
     return settings
 
 
+REMEDY = "leave the flag out, or train anew in another --output_dir"
 _INFORMATIVE = ("name", "versions")  # two copies of one model may lie anywhere; the fingerprint decides
 
 
@@ -486,10 +502,12 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
     stored = read_settings(path) if path else {}
     flags = {"splice": args.splice, "encoder_padding": args.encoder_padding, "projector_stride": args.projector_stride}
     settings = {"splice": "frames", "encoder_padding": "none", "projector_stride": 5}
-    for key, given in flags.items():
-        settings[key] = stored.get(key, settings[key] if given is None else given)
-        if given not in (None, settings[key]):
-            raise InputError(f"--{key} {given} differs from {path}, which was trained with {settings[key]}")
+    settings |= {key: given for key, given in flags.items() if given is not None}
+    differing = [f"--{key} {flags[key]}" for key in flags if stored and flags[key] not in (None, stored[key])]
+    if differing:
+        trained = ", ".join(f"{key} {stored[key]}" for key in flags)
+        raise InputError(f"{' '.join(differing)} differs from {path} (trained with {trained}): {REMEDY}")
+    settings |= {key: stored[key] for key in flags if stored}
     settings["encoder"] = {"name": args.whisper_model_name_or_path or stored.get("encoder", {}).get("name")}
     settings["llm"] = {"name": args.llm_model_name_or_path or stored.get("llm", {}).get("name")}
     for part, flag in (("encoder", "whisper"), ("llm", "llm")):
@@ -516,7 +534,7 @@ def build_model(
     try:
         llm = AutoModelForCausalLM.from_pretrained(name, dtype=loaded)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load the LLM {name!r}: {first_line(error)}") from None
+        raise cannot_load("LLM", "--llm_model_name_or_path", name, error) from None
     table = llm.get_input_embeddings()
     ends = llm.generation_config.eos_token_id if llm.generation_config else None
     ends = {end_of_turn, *(ends if isinstance(ends, list) else [ends])} - {None}

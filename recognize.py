@@ -101,6 +101,8 @@ class Transcriber:
     def transcribe(self, clips: Sequence[np.ndarray]) -> list[str]:
         """One text for each clip, float32 (samples,) at 16 kHz. Raises InputError unless every clip is `usable`."""
         settings = self.model.settings
+        if not all(isinstance(clip, np.ndarray) and clip.ndim == 1 and clip.dtype.kind == "f" for clip in clips):
+            raise InputError("clips must be a list of float arrays (samples,) at 16 kHz, as load_audio gives them")
         wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
         if wrong:
             raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: cut_at_pauses helps")
@@ -234,14 +236,14 @@ def run(model_args: ModelArguments, args: DecodeArguments) -> int:
     result = Path(args.result_path)
     try:
         result.parent.mkdir(parents=True, exist_ok=True)
-        outcomes, wall = decode_manifest(transcriber, manifest, result, model_args, args)
+        outcomes, speed = decode_manifest(transcriber, manifest, result, model_args, args)
         finished = result.with_name(f"{result.name}.new")
         finished.write_text("".join(f"{o.key} {o.text}\n" for o in outcomes), encoding="utf-8")
         os.replace(finished, result)
         partial_path(result).unlink()
     except OSError as error:  # bad clips were reported one by one: what is left is the result's own folder
         raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
-    return summarize(outcomes, wall, result)
+    return summarize(outcomes, speed, result)
 
 
 def partial_path(result: Path) -> Path:
@@ -251,7 +253,7 @@ def partial_path(result: Path) -> Path:
 def decode_manifest(
     transcriber: Transcriber, manifest: Manifest, result: Path, model_args: ModelArguments, args: DecodeArguments
 ) -> tuple[list[Outcome], float]:
-    """Decode what an earlier, interrupted run has not; (outcomes in manifest order, seconds taken)."""
+    """Decode what an earlier, interrupted run has not; (outcomes in manifest order, × real time of this run)."""
     weights = weights_file(model_args.start())
     digests = [sha256(path.read_bytes()).hexdigest() for path in (weights, manifest.path)]
     options = [args.num_beams, args.max_new_tokens, args.dtype]
@@ -265,23 +267,26 @@ def decode_manifest(
             records = [manifest[i] for i in todo[first : first + args.batch_size]]
             progress.add(recognize(transcriber, records, args.batch_size))
             bar.update(len(records))
-    return [progress.done[record.key] for record in manifest], time.monotonic() - start
+    seconds = sum(progress.done[manifest[i].key].seconds for i in todo)
+    return [progress.done[record.key] for record in manifest], seconds / (time.monotonic() - start)
 
 
-def summarize(outcomes: list[Outcome], wall: float, result: Path) -> int:
+def summarize(outcomes: list[Outcome], speed: float, result: Path) -> int:
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
         print(f"{outcome.key}: {outcome.error}", file=sys.stderr)
-    seconds = sum(outcome.seconds for outcome in outcomes)
-    speed = f"{seconds / wall:.1f} × real time" if wall > 0 else "nothing left to do"
-    print(f"{result}: {len(outcomes)} clips, {seconds / 3600:.2f} h, {speed}, {len(failed)} with problems")
+    hours = sum(outcome.seconds for outcome in outcomes) / 3600
+    print(f"{result}: {len(outcomes)} clips, {hours:.2f} h, {speed:.1f} × real time, {len(failed)} with problems")
     return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     with one_line_errors():
-        return run(*parse((ModelArguments, DecodeArguments), argv))
+        try:
+            return run(*parse((ModelArguments, DecodeArguments), argv))
+        except KeyboardInterrupt:
+            raise InputError("interrupted: the same command continues where it stopped") from None
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ref", required=True, help="jsonl, or lines `key text`")
     parser.add_argument("--hyp", required=True, help="result.txt: lines `key text`, or jsonl")
     parser.add_argument("--normalizer", choices=NORMALIZERS, default="basic", help="default: basic")
-    parser.add_argument("--per_utterance", action="store_true", help="aligned pairs, worst first")
+    parser.add_argument("--per_utterance", action="store_true", help="aligned pairs, most errors first")
     args = parser.parse_args(argv)
     try:
         result = score(read_texts(args.ref), read_texts(args.hyp), normalizer(args.normalizer))

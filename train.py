@@ -184,13 +184,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if not data_args.data_path:
         raise InputError("give --data_path, the training manifest (jsonl)")
     set_seed(args.seed)
-    resume = args.resume_from_checkpoint or newest_complete_checkpoint(args.output_dir)
-    if args.overwrite_output_dir and not args.resume_from_checkpoint:
-        resume = None
-        with args.main_process_first():  # else a later start would continue the old run
-            for folder in Path(args.output_dir).glob("checkpoint-*") if args.should_save else ():
-                shutil.rmtree(folder)
+    resume = args.resume_from_checkpoint
+    if resume in (None, "True", "true"):  # true is transformers' word for the newest
+        resume = None if args.overwrite_output_dir else newest_complete_checkpoint(args.output_dir)
     start = resume or model_args.start()
+    if args.overwrite_output_dir and start and Path(args.output_dir).resolve() in Path(start).resolve().parents:
+        raise InputError(f"--overwrite_output_dir would delete {start}, which is to be started from: give another folder")
     settings = resolve_settings(model_args, start)
     manifest = read_manifest(data_args.data_path)
     prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
@@ -214,6 +213,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         )
     except ValueError as error:
         raise InputError(first_line(error)) from None
+    if args.overwrite_output_dir and not resume and args.should_save:  # else a later start would continue the old run
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_state()
     trainer.save_model()

@@ -113,6 +113,8 @@ def test_the_number_of_new_tokens_is_bounded_by_the_duration(trained):
 def test_the_python_interface_refuses_clips_it_cannot_take(trained, seconds):
     with pytest.raises(InputError, match=r"must be one projector window to 30 s long, not (0\.05|31\.00) s"):
         Transcriber.from_checkpoint(trained, device="cpu").transcribe([audio(1.0), audio(seconds)])
+    with pytest.raises(InputError, match="must be a list of float arrays"):
+        Transcriber.from_checkpoint(trained, device="cpu").transcribe(audio(seconds))
 
 
 def test_failed_clips_are_tried_again_by_the_next_run(tiny, trained, tmp_path, monkeypatch, echo):
@@ -250,7 +252,10 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
         (["--data_path", "x.jsonl"], "error: give --checkpoint DIR"),
         (["--checkpoint", "no-such-folder", "--data_path", "MANIFEST"], "error: no-such-folder is not a checkpoint"),
         (["--checkpoint", "TRAINED"], "error: give --data_path"),
-        (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--beams", "3"], "error: Some specified arguments are not"),
+        (
+            ["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--beams", "3"],
+            "error: unknown flags or values: --beams 3",
+        ),
         (["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--device", "gpu"], "error: --device gpu cannot be used"),
         (
             ["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--llm_model_name_or_path", "LLAMA"],

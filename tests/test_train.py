@@ -72,6 +72,8 @@ def test_overwrite_output_dir_starts_over_as_it_used_to(tiny, tmp_path, capsys):
     train.main(arguments(tiny, tmp_path, "--max_steps", "2", "--overwrite_output_dir"))
     assert "continuing" not in capsys.readouterr().out
     assert not (tmp_path / "checkpoint-4").exists()
+    with pytest.raises(SystemExit, match=r"would delete .*checkpoint-2, which is to be started from"):
+        train.main(arguments(tiny, tmp_path, "--overwrite_output_dir", "--checkpoint", str(tmp_path / "checkpoint-2")))
 
 
 def test_a_resumed_training_keeps_its_prompt_though_the_template_says_another_date(tiny, tmp_path, capsys):
@@ -185,10 +187,13 @@ def test_group_by_length_forms_batches_of_like_clips(tiny, tmp_path):
     ("change", "message"),
     [
         (["--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
-        (["--llm_model_name_or_path", "./nowhere"], "error: cannot load the tokenizer of './nowhere'"),
+        (
+            ["--llm_model_name_or_path", "./nowhere"],
+            "error: cannot load the tokenizer of the LLM './nowhere': no such folder here",
+        ),
         (["--prompt", "no slot"], "error: --prompt must hold {speech} exactly once"),
-        (["--checkpoint", "./nowhere"], "error: ./nowhere is not a checkpoint"),
-        (["--learning_rte", "1"], "error: Some specified arguments are not used"),
+        (["--checkpoint", "./nowhere"], "error: ./nowhere is not a checkpoint: no such file or folder"),
+        (["--learning_rte", "1"], "error: unknown flags or values: --learning_rte 1"),
         (["--fp16", "True", "--bf16", "True"], "error: At most one of fp16 and bf16 can be True"),
         (["--output_dir", "/dev/null/x"], "error: /dev/null/x: Not a directory"),
         (["--label_smoothing_factor", "0.1"], "error: --label_smoothing_factor and --neftune_noise_alpha are not"),
