@@ -47,10 +47,8 @@ from model import (
     weights_file,
 )
 
-MAX_TOKENS_PER_SECOND, SPARE_TOKENS = (
-    12,
-    8,
-)  # fast speech has about 5 words a second; digits and names cost 2 tokens each
+MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
+SPARE_TOKENS = 8
 PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
 
 
