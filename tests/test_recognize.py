@@ -269,7 +269,14 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
 def test_mistakes_are_told_in_one_line(tiny, trained, arguments, message):
     names = {"TRAINED": str(trained), "MANIFEST": str(tiny.manifest), "x.jsonl": str(tiny.manifest)}
     names["LLAMA"] = str(tiny.llama)
-    done = run_script("python", "recognize.py", *(names.get(a, a) for a in arguments))
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(message.replace("TRAINED", str(trained))), done.stderr
+    with pytest.raises(SystemExit) as stop:
+        recognize.main([names.get(a, a) for a in arguments])
+    assert str(stop.value).startswith(message.replace("TRAINED", str(trained)))
+    assert "\n" not in str(stop.value)
+
+
+def test_a_mistake_leaves_one_line_on_stderr_and_exit_code_1():
+    done = run_script("python", "recognize.py", "--checkpoint", "no-such-folder", "--data_path", "no.jsonl")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("error: no.jsonl: cannot read the manifest")
     assert "Traceback" not in done.stderr
