@@ -16,9 +16,10 @@ import shutil
 import subprocess
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,10 @@ BLOCK = 4096  # frames read at a time from a corrupt file
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
 OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
 SLOT = "{speech}"
-DEFAULT_PROMPT = f"Speech: {SLOT}\nWrite down the words that were spoken."
+DEFAULT_PROMPT = {
+    "frames": f"Speech: {SLOT}\nWrite down the words that were spoken.",
+    "tokens": f"Here are the words:{SLOT}\nWrite down the exact words that were spoken above.",
+}
 
 
 class Record(NamedTuple):
@@ -240,14 +244,88 @@ class PromptText:
     end_of_turn: str
 
 
-class Prompt:
-    """Grows ids and labels together: prompt (not supervised), answer and end-of-turn token (supervised)."""
+class Spelling:
+    """The LLM's tokens in those of the CTC, which are some of the LLM's: any other is split into the two that it was
+    merged from, and those in turn, down to single bytes. So few CTC tokens, all well trained, spell every word."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: PromptText) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> None:
+        """tokens: ids of the LLM; the place in the list is the CTC's class."""
+        self.tokens, self.classes = list(tokens), {id: i for i, id in enumerate(tokens)}
+        self.parents = {merged: pair for merged, *pair in merges(tokenizer)}
+        self.known: dict[int, list[int]] = {}
+
+    @classmethod
+    def choose(cls, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most_merges: int) -> "Spelling":
+        """The tokens that spell `texts` with the tokenizer's first `most_merges` merges, and all smaller parts of them."""
+        rules = merges(tokenizer)
+        late = {merged for merged, *_ in rules[most_merges:]} - {merged for merged, *_ in rules[:most_merges]}
+        every = cls(tokenizer, [id for id in range(len(tokenizer)) if id not in late])
+        used = {every.tokens[c] for text in texts for c in every(answer_ids(tokenizer, text, spoken=True))}
+        atoms = cls(tokenizer, sorted(set(range(len(tokenizer))) - every.parents.keys()))
+        used |= {atoms.tokens[c] for id in used for c in atoms([id])}
+        return cls(tokenizer, sorted(used))
+
+    def of_token(self, id: int) -> list[int]:
+        """Classes of one token of the LLM; [] for what the CTC cannot spell."""
+        if id not in self.known:
+            if id in self.classes:
+                self.known[id] = [self.classes[id]]
+            else:
+                self.known[id] = [c for part in self.parents.get(id, ()) for c in self.of_token(part)]
+        return self.known[id]
+
+    def __call__(self, ids: Sequence[int]) -> list[int]:
+        return [c for id in ids for c in self.of_token(id)]
+
+    def table(self, vocabulary: int, longest: int = 16) -> Tensor:
+        """(vocabulary, longest): the classes of every token of the LLM, padded with −1; −1 only where there are none or
+        more (rows of dashes)."""
+        table = torch.full((vocabulary, longest), -1)
+        for id in range(vocabulary):
+            spelled = self.of_token(id)
+            if len(spelled) <= longest:
+                table[id, : len(spelled)] = torch.tensor(spelled, dtype=torch.long)
+        return table
+
+
+def merges(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int, int]]:
+    """(merged, left, right) ids of a BPE tokenizer's merges, first learned first. Raises InputError for another kind."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        raise InputError(f"--splice tokens needs an LLM with a BPE tokenizer, {tokenizer.name_or_path} has {model['type']}")
+    ids, rules, seen = model["vocab"], [], set()
+    for pair in model["merges"]:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        merged = ids.get(left + right)
+        if merged is not None and merged not in seen:  # the first rule that makes a token is how it is split
+            seen.add(merged)
+            rules.append((merged, ids[left], ids[right]))
+    return rules
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, txt: str, spoken: bool) -> list[int]:
+    """Ids of a transcript; a special token written in it stays text. `spoken`: as within a text, after a space, so that
+    the first word has the token it has anywhere (what a CTC hears has no beginning of a turn)."""
+    if spoken:
+        txt = f" {txt.strip()}" if txt.strip() else ""
+    return tokenizer(txt, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+class Prompt:
+    """Grows ids and labels together: prompt (not supervised), answer and end-of-turn token (supervised).
+
+    `word_ids` are the LLM's ids of the prompt's words, `ids` what goes into a batch: those ids, or the rows of a soft
+    prompt (SPEECH_INDEX − 1 − row), around the speech marker. `spelling` is None unless the splice is by CTC.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: PromptText, settings: dict) -> None:
         self.tokenizer, self.text = tokenizer, text
         before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in (text.before, text.after))
-        self.ids = [*before, SPEECH_INDEX, *after]
+        self.word_ids = [*before, *after]
+        words = [SPEECH_INDEX - 1 - row for row in range(len(self.word_ids))] if settings["soft_prompt"] else self.word_ids
+        self.ids = [*words[: len(before)], SPEECH_INDEX, *words[len(before) :]]
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids(text.end_of_turn)
+        self.spelling = Spelling(tokenizer, settings["ctc_tokens"]) if settings["splice"] == "tokens" else None
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, words: str | None, settings: dict) -> "Prompt":
@@ -256,20 +334,20 @@ class Prompt:
         Raises InputError when `words` were given and the checkpoint was trained with others.
         """
         stored = settings.get("prompt")
-        text = render(tokenizer, words or DEFAULT_PROMPT) if words or not stored else PromptText(**stored)
+        text = (
+            render(tokenizer, words or DEFAULT_PROMPT[settings["splice"]]) if words or not stored else PromptText(**stored)
+        )
         if stored and asdict(text) != stored:
             raise InputError(f"--prompt is not what the checkpoint was trained with: {REMEDY}")
         settings["prompt"] = asdict(text)
-        return cls(tokenizer, text)
+        return cls(tokenizer, text, settings)
 
-    def answer(self, txt: str) -> list[int]:
-        """Ids of a transcript; a special token written in it stays text."""
-        return self.tokenizer(txt, add_special_tokens=False, split_special_tokens=True).input_ids
-
-    def example(self, txt: str) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of one training example, equally long."""
-        answer = [*self.answer(txt), self.end_of_turn]
-        return self.ids + answer, [IGNORE_INDEX] * len(self.ids) + answer
+    def example(self, txt: str) -> dict[str, list[int]]:
+        """input_ids and labels of one training example, equally long; with a CTC also ctc_labels, its classes."""
+        answer = answer_ids(self.tokenizer, txt, spoken=self.spelling is not None)
+        supervised = [*answer, self.end_of_turn]
+        ids = {"input_ids": self.ids + supervised, "labels": [IGNORE_INDEX] * len(self.ids) + supervised}
+        return ids | ({"ctc_labels": self.spelling(answer)} if self.spelling else {})
 
 
 def render(tokenizer: PreTrainedTokenizerBase, words: str) -> PromptText:
@@ -330,9 +408,13 @@ class SpeechDataset(torch.utils.data.Dataset):
             return "longer than 30 s"
         if not vectors:
             return "shorter than one projector window"
+        example = self.prompt.example(txt)
         # the marker is one of the ids and makes room for `vectors`
-        if len(self.prompt.example(txt)[0]) - 1 + vectors > self.max_length:
+        if len(example["input_ids"]) - 1 + vectors > self.max_length:
             return "longer than --model_max_length"
+        spoken = example.get("ctc_labels", [])
+        if len(spoken) + sum(a == b for a, b in pairwise(spoken)) > vectors:  # the CTC parts equal neighbours by a blank
+            return "with more text than its speech has room for"
         return ""
 
     def summary(self) -> str:
@@ -354,9 +436,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise InputError(
                 f'{record.where}: {record.wav}: {problem}: mend the file (or its "duration"), or remove the line'
             )
-        input_ids, labels = self.prompt.example(record.txt)
         mel = log_mel(audio, self.settings["encoder"]["n_mels"], self.settings["encoder_padding"])
-        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "mel": mel}
+        ids = self.prompt.example(record.txt).items()
+        return {name: torch.tensor(row, dtype=torch.long) for name, row in ids} | {"mel": mel}
 
 
 @dataclass
@@ -372,8 +454,8 @@ class SpeechCollator:
 
         ids = [e["input_ids"] for e in examples]
         batch = {"input_ids": pad(ids, 0), "attention_mask": pad([torch.ones_like(row) for row in ids], 0)}
-        if "labels" in examples[0]:
-            batch["labels"] = pad([e["labels"] for e in examples], IGNORE_INDEX)
+        for name in examples[0].keys() & {"labels", "ctc_labels"}:
+            batch[name] = pad([e[name] for e in examples], IGNORE_INDEX)
         batch["mel"] = pad([e["mel"].T for e in examples], 0.0).transpose(1, 2)  # (B, n_mels, F)
         batch["mel_length"] = torch.tensor([e["mel"].shape[-1] for e in examples])
         return batch

@@ -2,8 +2,11 @@
 
 The way of one batch through `SpeechLLM.forward`:
 
-    mel (B, n_mels, F) ─ SpeechEncoder ─ (B, E, d) ─ Conv1dProjector ─ (B, N, D) ┐
-    input_ids (B, T), one SPEECH_INDEX a row ─ embedding table ─ (B, T, D) ──────┴─ splice ─ LLM ─ loss on the answer
+    mel (B, n_mels, F) ─ SpeechEncoder ─ (B, E, d) ─ Conv1dProjector ─ (B, N, D) ─ [CTCHead ─ (B, S, D)] ┐
+    input_ids (B, T), one SPEECH_INDEX a row ─ embedding table ─ (B, T, D) ───────────────────────splice ┴─ LLM ─ loss
+
+The LLM reads the projector's vectors as they are (`--splice frames`, as published), or the soft tokens that a CTC makes of
+them (`--splice tokens`, see ctc.py).
 
 Only what has `requires_grad` is trained, and only that is saved (`model.safetensors`), with all that a decoder must agree
 on beside it (`config.json`).
@@ -40,9 +43,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper.audio import HOP_LENGTH
 
+from ctc import CTCHead, CTCPrefixScore, ctc_loss
+
 SPEECH_INDEX = -200  # the speech marker in input_ids: outside every vocabulary, so no table is resized
 IGNORE_INDEX = -100  # a label that is not supervised
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 class InputError(ValueError):
@@ -89,12 +94,23 @@ class ModelArguments:
     )
     checkpoint: str | None = field(default=None, metadata={"help": "Folder with model.safetensors and config.json."})
     projector_model_path: str | None = field(default=None, metadata={"help": "The same by file: …/model.safetensors."})
-    splice: Literal["frames"] | None = field(
-        default=None, metadata={"help": "What stands for speech in the prompt: every projector vector (frames)."}
+    splice: Literal["frames", "tokens"] | None = field(
+        default=None,
+        metadata={"help": "What the LLM reads: every projector vector (frames), or soft tokens by CTC (tokens)."},
     )
     projector_stride: int | None = field(
-        default=None, metadata={"help": "Encoder frames (20 ms) to one projector vector; 5 unless given."}
+        default=None, metadata={"help": "Encoder frames (20 ms) to one projector vector: 5, with --splice tokens 2."}
     )
+    projector_kernel: int | None = field(
+        default=None, metadata={"help": "Encoder frames that each vector sees: as many as the stride, with tokens 8."}
+    )
+    ctc_merges: int | None = field(
+        default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 1000."}
+    )
+    soft_prompt: bool | None = field(
+        default=None, metadata={"help": "Train the embeddings of the prompt, from its words on; True with --splice tokens."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA on the LLM; 0 (default): it stays frozen."})
     encoder_padding: Literal["none", "30s"] | None = field(
         default=None, metadata={"help": "30s: pad every clip as published. none (default): clips keep their length."}
     )
@@ -248,10 +264,12 @@ def _openai_encoder(name: str) -> WhisperEncoder:
 class Conv1dProjector(nn.Module):
     """The published projector (WeSR, after SLAM-ASR), with an output norm of the size of the LLM's own embeddings."""
 
-    def __init__(self, encoder_dim: int, llm_dim: int, stride: int = 5, hidden: int = 2048) -> None:
+    def __init__(
+        self, encoder_dim: int, llm_dim: int, stride: int = 5, kernel: int | None = None, hidden: int = 2048
+    ) -> None:
         super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride, stride=stride)
+        self.stride, self.context = stride, (kernel or stride) - stride  # a wider kernel sees frames on both sides
+        self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride + self.context, stride=stride)
         self.linear1 = nn.Linear(encoder_dim, hidden)
         self.linear2 = nn.Linear(hidden, llm_dim)
         self.norm = nn.RMSNorm(llm_dim)
@@ -259,6 +277,7 @@ class Conv1dProjector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, E, encoder_dim) → (B, E // stride, llm_dim)."""
         x = x.to(self.conv.weight.dtype).transpose(1, 2)  # (B, d, E)
+        x = F.pad(x, (self.context // 2, self.context - self.context // 2))
         x = F.relu(self.conv(x)).transpose(1, 2)  # (B, N, d)
         x = self.linear2(F.relu(self.linear1(x)))  # (B, N, D)
         return self.norm(x.to(self.norm.weight.dtype))
@@ -292,12 +311,23 @@ class SpeechLLM(nn.Module):
 
     accepts_loss_kwargs = True  # forward honours num_items_in_batch: accumulation gives the loss of one big batch
 
-    def __init__(self, encoder: SpeechEncoder, projector: Conv1dProjector, llm: nn.Module, settings: dict) -> None:
+    def __init__(
+        self,
+        encoder: SpeechEncoder,
+        projector: Conv1dProjector,
+        llm: nn.Module,
+        settings: dict,
+        ctc: CTCHead | None = None,
+        soft_prompt: nn.Embedding | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector.float()
-        self.llm = llm.requires_grad_(False)
+        self.ctc, self.soft_prompt = ctc, soft_prompt
+        self.llm = llm
         self.settings = settings
+        self.aligning = False  # train by CTC alone, without the LLM
+        self.ctc_weight = 0.0  # of the CTC beside the LLM's cross-entropy
         self.train(False)
 
     @property
@@ -318,11 +348,18 @@ class SpeechLLM(nn.Module):
         self.llm.activation_checkpointing_enable(**options)
 
     def embed_speech(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
-        """mel (B, n_mels, F) → speech vectors (B, N, D) and how many of each row are real (B,): the door for any splice."""
-        length = speech_lengths(mel_length * HOP_LENGTH, self.projector.stride).speech
+        """mel (B, n_mels, F) → projector vectors (B, N, D) and how many of each row are real (B,)."""
+        _, frames, length = speech_lengths(mel_length * HOP_LENGTH, self.projector.stride)
         with torch.no_grad():
             encoded = self.encoder(mel, mel_length)  # (B, E, d)
+            inside = torch.arange(encoded.shape[1], device=mel.device) < frames[:, None]
+            encoded = encoded * inside[..., None]  # a wide kernel would see the noise past a clip's end
         return self.projector(encoded), length
+
+    def hear(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
+        """The CTC's log-probabilities (B, N, V + 1) and how many frames of each row are real (B,)."""
+        vectors, length = self.embed_speech(mel, mel_length)
+        return self.ctc(vectors), length
 
     def splice(
         self,
@@ -350,10 +387,12 @@ class SpeechLLM(nn.Module):
         after = marker.cumsum(1) - marker.long()  # (B, T): 1 past the marker
         position = start[:, None] + real.cumsum(1) - 1 + after * (speech_length - 1)[:, None]  # (B, T)
 
-        table = self.llm.get_input_embeddings()
         text = real & ~marker
         row, column = text.nonzero(as_tuple=True)
-        embeds = table(input_ids.masked_fill(~text, 0))  # (B, T, D)
+        embeds = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
+        if self.soft_prompt:
+            soft = SPEECH_INDEX - 1 - input_ids  # (B, T): the row of the soft prompt, where not negative
+            embeds = torch.where((soft >= 0)[..., None], self.soft_prompt(soft.clamp(min=0)).to(embeds.dtype), embeds)
         spliced = embeds.new_zeros(B, T, embeds.shape[-1])
         spliced[row, position[row, column]] = embeds[row, column]
         new_labels = input_ids.new_full((B, T), IGNORE_INDEX)
@@ -374,22 +413,33 @@ class SpeechLLM(nn.Module):
         mel: Tensor,
         mel_length: Tensor,
         labels: Tensor,
+        ctc_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Cross-entropy over the supervised tokens only, their sum divided by `num_items_in_batch` (their mean without).
 
-        input_ids, attention_mask, labels (B, T); mel (B, n_mels, F); mel_length (B,).
-        Returns loss () and logits (supervised tokens of the batch, vocabulary) in row order.
+        input_ids, attention_mask, labels (B, T); mel (B, n_mels, F); mel_length (B,); ctc_labels (B, L), padded with
+        IGNORE_INDEX. With a CTC its loss is added (times ctc_weight), while `aligning` it is all there is.
+        Returns loss () and, but while aligning, logits (supervised tokens of the batch, vocabulary) in row order.
         """
-        speech, length = self.embed_speech(mel, mel_length)
+        items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        speech, length = self.embed_speech(mel, mel_length)  # (B, N, D), (B,)
+        loss = 0.0
+        if self.ctc:
+            log_probs = self.ctc(speech)  # (B, N, V + 1)
+            loss = ctc_loss(log_probs, length, ctc_labels, IGNORE_INDEX) / items
+            if self.aligning:  # DDP waits for a gradient of whatever is trained
+                unused = (p for name, p in self.trainable().items() if not name.startswith(("projector.", "ctc.")))
+                return {"loss": loss + sum(0.0 * p.sum() for p in unused if not hasattr(p, "ds_id"))}
+            loss = self.ctc_weight * loss
+            speech, length = self.ctc.soft_tokens(log_probs, length)  # (B, S, D)
         embeds, mask, labels = self.splice(input_ids, attention_mask, speech, length, labels)  # (B, T', D), (B, T')
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         supervised = target != IGNORE_INDEX  # (B, T' - 1)
         logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # (supervised, V)
         total = F.cross_entropy(logits, target[supervised], reduction="sum")
-        items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / items, "logits": logits}
+        return {"loss": total / items + loss, "logits": logits}
 
     @torch.inference_mode()
     def generate(
@@ -399,17 +449,29 @@ class SpeechLLM(nn.Module):
         mel: Tensor,
         mel_length: Tensor,
         max_new_tokens: Tensor,
+        joint_weight: float = 0.0,
+        spelling: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,)."""
-        speech, length = self.embed_speech(mel, mel_length)
+        """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,).
+
+        With `joint_weight` the CTC votes with that weight; spelling (vocabulary, P) is each token in the CTC's classes.
+        """
+        processors = [ForceEndOfTurn(max_new_tokens, self.llm.generation_config.pad_token_id)]
+        if self.ctc:
+            log_probs, frames = self.hear(mel, mel_length)
+            speech, length = self.ctc.soft_tokens(log_probs, frames)
+            if joint_weight:
+                ends = self.llm.generation_config.eos_token_id
+                processors.insert(0, CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight))
+        else:
+            speech, length = self.embed_speech(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
-        end_of_turn = self.llm.generation_config.pad_token_id
         return self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             max_new_tokens=int(max_new_tokens.max()) + 1,
-            logits_processor=[ForceEndOfTurn(max_new_tokens, end_of_turn)],
+            logits_processor=processors,
             **options,
         )
 
@@ -430,8 +492,8 @@ class SpeechLLM(nn.Module):
         if write:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.settings, indent=2, ensure_ascii=False)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.settings.items())
+            (folder / "config.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
             partial = folder / "model.safetensors.partial"
             save_file(state, partial, metadata={"format": "pt"})
             os.replace(partial, folder / "model.safetensors")  # last, and whole: where it stands, a checkpoint does
@@ -494,38 +556,79 @@ def _differences(stored: Any, built: Any, where: str = "") -> list[str]:
     return [] if stored == built else [f"{where} is {stored!r} in the checkpoint, {built!r} here"]
 
 
+# what a checkpoint fixes, by splice; a kernel of None is as wide as the stride
+DEFAULTS = {
+    "frames": {
+        "splice": "frames",
+        "encoder_padding": "none",
+        "projector_stride": 5,
+        "projector_kernel": None,
+        "soft_prompt": False,
+        "lora_r": 0,
+        "ctc_merges": 0,
+    },
+}
+DEFAULTS["tokens"] = DEFAULTS["frames"] | {
+    "splice": "tokens",
+    "projector_stride": 2,
+    "projector_kernel": 8,
+    "soft_prompt": True,
+    "ctc_merges": 1000,
+}
+
+
 def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
     """Flags, completed by config.json of the checkpoint at `path` (if any) or the defaults.
 
     Raises InputError when flags and checkpoint disagree.
     """
     stored = read_settings(path) if path else {}
-    flags = {"splice": args.splice, "encoder_padding": args.encoder_padding, "projector_stride": args.projector_stride}
-    settings = {"splice": "frames", "encoder_padding": "none", "projector_stride": 5}
-    settings |= {key: given for key, given in flags.items() if given is not None}
-    differing = [f"--{key} {flags[key]}" for key in flags if stored and flags[key] not in (None, stored[key])]
+    flags = {key: getattr(args, key) for key in DEFAULTS["frames"]}
+    differing = [key for key in flags if stored and flags[key] not in (None, stored[key])]
     if differing:
-        trained = ", ".join(f"{key} {stored[key]}" for key in flags)
-        raise InputError(f"{' '.join(differing)} differs from {path} (trained with {trained}): {REMEDY}")
-    settings |= {key: stored[key] for key in flags if stored}
+        given = " ".join(f"--{key} {flags[key]}" for key in differing)
+        trained = ", ".join(f"{key} {stored[key]}" for key in differing)
+        raise InputError(f"{given} differs from {path} (trained with {trained}): {REMEDY}")
+    settings = dict(DEFAULTS[args.splice or "frames"])
+    settings |= {key: given for key, given in flags.items() if given is not None}
+    settings |= {key: stored[key] for key in (*flags, "prompt", "ctc_tokens") if key in stored}
+    settings["projector_kernel"] = settings["projector_kernel"] or settings["projector_stride"]
     settings["encoder"] = {"name": args.whisper_model_name_or_path or stored.get("encoder", {}).get("name")}
     settings["llm"] = {"name": args.llm_model_name_or_path or stored.get("llm", {}).get("name")}
     for part, flag in (("encoder", "whisper"), ("llm", "llm")):
         if not settings[part]["name"]:
             raise InputError(f"give --{flag}_model_name_or_path, or --checkpoint to take it from there")
-    if settings["projector_stride"] < 1:
-        raise InputError("--projector_stride must be at least 1")
-    if "prompt" in stored:
-        settings["prompt"] = stored["prompt"]
+    if not 1 <= settings["projector_stride"] <= settings["projector_kernel"]:
+        raise InputError("--projector_stride must be at least 1, and --projector_kernel at least the stride")
+    for name in ("lora_r", "ctc_merges"):
+        if settings[name] < 0:
+            raise InputError(f"--{name} must not be negative")
     return {"format": CHECKPOINT_FORMAT, **settings}
 
 
-def build_model(
-    settings: dict, end_of_turn: int, dtype: torch.dtype = torch.float32, checkpoint: str | Path | None = None
-) -> SpeechLLM:
-    """Load encoder and LLM by the names in `settings`, make the projector, load `checkpoint` into it if given.
+def add_lora(llm: nn.Module, r: int) -> nn.Module:
+    """Low-rank adapters (Hu et al. 2021) beside every linear layer but the output; they alone are trained of the LLM."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError("--lora_r needs the package peft: pip install peft") from None
+    output = llm.get_output_embeddings()
+    layers = [name for name, m in llm.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=layers)
+    return peft.inject_adapter_in_model(config, llm)
 
-    `settings` is completed with sizes and fingerprints. `dtype` is that of the frozen weights. Raises InputError.
+
+def build_model(
+    settings: dict,
+    prompt_ids: Sequence[int],
+    end_of_turn: int,
+    dtype: torch.dtype = torch.float32,
+    checkpoint: str | Path | None = None,
+) -> SpeechLLM:
+    """Load encoder and LLM by the names in `settings`, make what is trained, load `checkpoint` into it if given.
+
+    `prompt_ids`: the words of the prompt, from which a soft prompt starts. `settings` is completed with sizes and
+    fingerprints. `dtype` is that of the frozen weights. Raises InputError.
     """
     # float16 loses bits that the fingerprint needs: cast after it is taken
     loaded = torch.float32 if dtype == torch.float16 else dtype
@@ -550,9 +653,19 @@ def build_model(
     if dtype != loaded and not is_deepspeed_zero3_enabled():  # DeepSpeed casts by its own configuration
         encoder, llm = encoder.to(dtype), llm.to(dtype)
 
-    projector = Conv1dProjector(encoder.dim, llm_dim, settings["projector_stride"])
+    encoder.requires_grad_(False)
+    llm.requires_grad_(False)
+    projector = Conv1dProjector(encoder.dim, llm_dim, settings["projector_stride"], settings["projector_kernel"])
     projector.calibrate(table)
-    model = SpeechLLM(encoder, projector, llm, settings)
+    ctc = soft_prompt = None
+    with gathered([table.weight]), torch.no_grad():
+        if settings["splice"] == "tokens":
+            ctc = CTCHead(table.weight[settings["ctc_tokens"]])
+        if settings["soft_prompt"]:
+            soft_prompt = nn.Embedding.from_pretrained(table.weight[list(prompt_ids)].float(), freeze=False)
+    if settings["lora_r"]:
+        llm = add_lora(llm, settings["lora_r"])
+    model = SpeechLLM(encoder, projector, llm, settings, ctc, soft_prompt)
     if checkpoint is not None:
         model.load_checkpoint(checkpoint)
     return model

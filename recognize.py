@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
+from ctc import greedy_path
 from dataset import (
     Manifest,
     Prompt,
@@ -56,6 +57,11 @@ PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
 class DecodeArguments:
     data_path: str | None = field(default=None, metadata={"help": "Manifest (jsonl) of what to recognize."})
     result_path: str = field(default="result.txt", metadata={"help": "Where the lines `key text` go."})
+    decoder: Literal["auto", "ctc", "llm", "joint"] = field(
+        default="auto",
+        metadata={"help": "ctc: no LLM; llm: the LLM alone; joint: both vote; auto: joint where the checkpoint has a CTC."},
+    )
+    joint_weight: float = field(default=1.0, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     batch_size: int = field(default=8, metadata={"help": "Clips decoded together."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
@@ -68,10 +74,17 @@ class DecodeArguments:
 class Transcriber:
     """A model ready to transcribe. One thread at a time."""
 
-    def __init__(self, model: SpeechLLM, prompt: Prompt, num_beams: int = 4, max_new_tokens: int | None = None) -> None:
-        self.model, self.prompt = model, prompt
-        self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
+    def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
+        """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
+        self.model, self.prompt, self.args = model, prompt, args
         self.device = next(model.parameters()).device
+        self.decoder = args.decoder if args.decoder != "auto" else "joint" if model.ctc else "llm"
+        if self.decoder != "llm" and not model.ctc:
+            raise InputError(f"--decoder {self.decoder} needs a checkpoint trained with --splice tokens")
+        self.search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
+        if self.decoder == "joint":  # both scores are sums over the whole text: no average over its length
+            spelling = prompt.spelling.table(len(prompt.tokenizer)).to(self.device)
+            self.search |= {"joint_weight": args.joint_weight, "spelling": spelling, "length_penalty": 0.0}
 
     @classmethod
     def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
@@ -84,8 +97,8 @@ class Transcriber:
         settings = resolve_settings(model_args, checkpoint)
         prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
         dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-        model = build_model(settings, prompt.end_of_turn, dtype, checkpoint)
-        return cls(model.to(device), prompt, args.num_beams, args.max_new_tokens)
+        model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, checkpoint)
+        return cls(model.to(device), prompt, args)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **options: Any) -> "Transcriber":
@@ -107,12 +120,16 @@ class Transcriber:
         n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
         ids = torch.tensor(self.prompt.ids)
         batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if self.decoder == "ctc":
+            with torch.inference_mode():
+                paths = greedy_path(*self.model.hear(batch["mel"], batch["mel_length"]))
+            return [self._text([self.prompt.spelling.tokens[c] for c in path]) for path in paths]
         seconds = torch.tensor([len(clip) / SAMPLE_RATE for clip in clips])
         allowed = (seconds * MAX_TOKENS_PER_SECOND).long() + SPARE_TOKENS  # (B,)
-        if self.max_new_tokens is not None:
-            allowed = torch.full_like(allowed, self.max_new_tokens)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        new = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), num_beams=self.num_beams, do_sample=False)
+        if self.args.max_new_tokens is not None:
+            allowed = torch.full_like(allowed, self.args.max_new_tokens)
+        new = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), **self.search)
         return [self._text(row) for row in new.tolist()]
 
     def _text(self, ids: list[int]) -> str:
@@ -254,7 +271,7 @@ def decode_manifest(
     """Decode what an earlier, interrupted run has not; (outcomes in manifest order, × real time of this run)."""
     weights = weights_file(model_args.start())
     digests = [sha256(path.read_bytes()).hexdigest() for path in (weights, manifest.path)]
-    options = [args.num_beams, args.max_new_tokens, args.dtype]
+    options = [args.num_beams, args.max_new_tokens, args.dtype, args.decoder, args.joint_weight]
     progress = Progress(partial_path(result), {"weights": digests[0], "manifest": digests[1], "options": options})
     if progress.done:
         print(f"continuing: {len(progress.done)} of {len(manifest)} are done", file=sys.stderr)

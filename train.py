@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
+from torch import Tensor, nn
 from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
-from dataset import Prompt, SpeechCollator, SpeechDataset, load_tokenizer, read_manifest
+from dataset import Prompt, SpeechCollator, SpeechDataset, Spelling, load_tokenizer, read_manifest
 from model import (
     InputError,
     ModelArguments,
@@ -48,6 +50,10 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, and what older versions had, with its old meaning."""
 
+    align_steps: int = field(
+        default=0, metadata={"help": "With --splice tokens: so many first steps by CTC alone, without the LLM."}
+    )
+    ctc_weight: float = field(default=0.3, metadata={"help": "With --splice tokens: of the CTC beside the LLM's loss."})
     model_max_length: int = field(default=512, metadata={"help": "Longer examples (prompt, speech, text) are dropped."})
     remove_unused_columns: bool = False
     prediction_loss_only: bool = True
@@ -150,6 +156,10 @@ class SpeechTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.model.save_checkpoint(output_dir or self.args.output_dir, write=self.args.should_save)
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        self.model.aligning = self.state.global_step < self.args.align_steps
+        return super().training_step(model, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
 
@@ -192,9 +202,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         raise InputError(f"--overwrite_output_dir would delete {start}, which is to be started from: give another folder")
     settings = resolve_settings(model_args, start)
     manifest = read_manifest(data_args.data_path)
-    prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
+    tokenizer = load_tokenizer(settings["llm"]["name"])
+    if settings["splice"] == "tokens" and "ctc_tokens" not in settings:
+        texts = (record.txt for record in manifest)
+        settings["ctc_tokens"] = Spelling.choose(tokenizer, texts, settings["ctc_merges"]).tokens
+    prompt = Prompt.build(tokenizer, model_args.prompt, settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model = build_model(settings, prompt.end_of_turn, dtype, start)
+    model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, start)
+    model.ctc_weight = args.ctc_weight
 
     train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length)
     eval_set = None

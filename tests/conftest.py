@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from whisper.model import ModelDimensions
 
-from dataset import Prompt, SpeechCollator, load_tokenizer, log_mel
+from dataset import Prompt, SpeechCollator, Spelling, load_tokenizer, log_mel
 from model import ModelArguments, build_model, resolve_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,8 +106,11 @@ def build_system(llm: Path, encoder: Path, **flags):
     torch.manual_seed(7)
     args = ModelArguments(llm_model_name_or_path=str(llm), whisper_model_name_or_path=str(encoder), **flags)
     settings = resolve_settings(args, args.start())
-    prompt = Prompt.build(load_tokenizer(str(llm)), args.prompt, settings)
-    model = build_model(settings, prompt.end_of_turn, checkpoint=args.start())
+    tokenizer = load_tokenizer(str(llm))
+    if settings["splice"] == "tokens":
+        settings.setdefault("ctc_tokens", Spelling.choose(tokenizer, ["text one two three"], settings["ctc_merges"]).tokens)
+    prompt = Prompt.build(tokenizer, args.prompt, settings)
+    model = build_model(settings, prompt.word_ids, prompt.end_of_turn, checkpoint=args.start())
     return SimpleNamespace(model=model, prompt=prompt, settings=settings)
 
 
@@ -118,9 +121,8 @@ def audio(seconds: float, seed: int = 0) -> np.ndarray:
 def batch_of(system, clips: list[np.ndarray], texts: list[str]) -> dict[str, torch.Tensor]:
     examples = []
     for clip, text in zip(clips, texts, strict=True):
-        ids, labels = system.prompt.example(text)
-        mel = log_mel(clip, system.settings["encoder"]["n_mels"])
-        examples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "mel": mel})
+        ids = {name: torch.tensor(ids, dtype=torch.long) for name, ids in system.prompt.example(text).items()}
+        examples.append({**ids, "mel": log_mel(clip, system.settings["encoder"]["n_mels"])})
     return SpeechCollator()(examples)
 
 

@@ -268,7 +268,7 @@ def test_a_checkpoint_loads_in_any_dtype(system, tiny, tmp_path, dtype):
     """The fingerprint was once taken after the cast: float16 loses bits, and the right models were refused."""
     system.model.save_checkpoint(tmp_path)
     settings = resolve_settings(ModelArguments(), tmp_path)
-    model = build_model(settings, 258, dtype, tmp_path)
+    model = build_model(settings, system.prompt.word_ids, 258, dtype, tmp_path)
     assert next(model.llm.parameters()).dtype == dtype
     assert next(model.projector.parameters()).dtype == torch.float32
 

@@ -1,0 +1,170 @@
+"""The token splice: speech in the LLM's own vocabulary, by CTC.
+
+    projector vectors (B, N, D) ─ CTCHead ─ log-probabilities (B, N, V + 1) ┬─ ctc_loss
+                                                                           ├─ soft_tokens (B, S, D): what the LLM reads
+                                                                           ├─ greedy_path: a transcript without any LLM
+                                                                           └─ CTCPrefixScore: the CTC votes in a beam search
+
+V of the LLM's tokens and one blank, which is the last class. CTC posteriors as weights on an LLM's embeddings: LegoSLM
+(arXiv 2505.11352); dropping blanks before a decoder-only model: CJST (arXiv 2411.07607).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+NEVER = -1e10  # a log-probability: finite, so that differences stay numbers
+
+
+class CTCHead(nn.Module):
+    """Logits by cosine between a projector vector and the centred embedding of each token; trained: blank and scale."""
+
+    def __init__(self, embeddings: Tensor) -> None:
+        """embeddings (V, D): those of the CTC's tokens in the LLM's table, which stay as they are."""
+        super().__init__()
+        embeddings = embeddings.detach().float()
+        centred = F.normalize(embeddings - embeddings.mean(0), dim=-1)
+        self.register_buffer("embeddings", embeddings, persistent=False)  # (V, D)
+        self.register_buffer("directions", centred, persistent=False)  # (V, D)
+        self.blank = nn.Parameter(-F.normalize(embeddings.mean(0), dim=-1))  # (D,)
+        self.blank_bias = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """vectors (B, N, D) → log-probabilities (B, N, V + 1) in float32."""
+        directions = torch.cat([self.directions, F.normalize(self.blank, dim=0)[None]])  # (V + 1, D)
+        cosine = (F.normalize(vectors.float(), dim=-1) @ directions.T).float()  # (B, N, V + 1)
+        bias = F.pad(self.blank_bias[None], (len(self.directions), 0))  # (V + 1,)
+        return (cosine * self.log_scale.exp() + bias).log_softmax(-1)
+
+    def soft_tokens(self, log_probs: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """What the LLM reads: per frame the mean embedding under the posterior, blanks dropped, runs of a token averaged.
+
+        log_probs (B, N, V + 1), length (B,) → (B, S, D) and how many of each row are real (B,).
+        """
+        path = _best_path(log_probs, length)  # (B, N)
+        speaks = path != log_probs.shape[-1] - 1
+        first = _first_of_run(path) & speaks
+        count = first.sum(1)  # (B,)
+        B, S = len(count), int(count.max())
+        row, frame = speaks.nonzero(as_tuple=True)  # (K,) frames that speak
+        token = row * S + (first.cumsum(1) - 1)[row, frame]  # (K,) where each goes in (B * S)
+        soft = log_probs[row, frame, :-1].softmax(-1) @ self.embeddings  # (K, D)
+        total = soft.new_zeros(B * S, soft.shape[-1]).index_add(0, token, soft)
+        frames = torch.bincount(token, minlength=B * S).clamp(min=1)
+        return (total / frames[:, None]).view(B, S, -1), count
+
+
+def ctc_loss(log_probs: Tensor, length: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """−log P(labels | speech) summed over the batch (Graves et al. 2006).
+
+    log_probs (B, N, V + 1), length (B,), labels (B, L) padded with `ignore_index`.
+    """
+    targets = labels != ignore_index
+    return F.ctc_loss(
+        log_probs.transpose(0, 1),
+        labels[targets],
+        length,
+        targets.sum(1),
+        blank=log_probs.shape[-1] - 1,
+        reduction="sum",
+        zero_infinity=True,
+    )
+
+
+def _best_path(log_probs: Tensor, length: Tensor) -> Tensor:
+    """The likeliest class of each frame (B, N); blank past a row's end."""
+    inside = torch.arange(log_probs.shape[1], device=length.device) < length[:, None]
+    return log_probs.argmax(-1).masked_fill(~inside, log_probs.shape[-1] - 1)
+
+
+def _first_of_run(path: Tensor) -> Tensor:
+    return F.pad(path[:, 1:] != path[:, :-1], (1, 0), value=True)
+
+
+def greedy_path(log_probs: Tensor, length: Tensor) -> list[list[int]]:
+    """The tokens of the best path, runs merged, blanks dropped: a list of classes for each row."""
+    path = _best_path(log_probs, length)
+    kept = _first_of_run(path) & (path != log_probs.shape[-1] - 1)
+    return [row[keep].tolist() for row, keep in zip(path, kept, strict=True)]
+
+
+class CTCPrefixScore(LogitsProcessor):
+    """Adds `weight` · log P_CTC(next token | tokens so far) to the scores of a search, for its `candidates` best tokens.
+
+    The CTC prefix probability of Watanabe et al. 2017 ("Hybrid CTC/Attention Architecture"): the probability of all
+    label sequences that begin with a prefix. A token of the LLM is spelled in one or several of the CTC's. All frames at
+    once: the recursion over frames is linear, so it is a cumulative log-sum-exp.
+    """
+
+    def __init__(
+        self, log_probs: Tensor, length: Tensor, spelling: Tensor, ends: list[int], weight: float, candidates: int = 24
+    ) -> None:
+        """log_probs (B, N, V + 1), length (B,); spelling (vocabulary, P): the CTC classes of each of the LLM's tokens,
+        padded with −1; `ends`: the tokens that end a transcript."""
+        B, N, classes = log_probs.shape
+        self.blank = classes - 1
+        inside = torch.arange(N, device=length.device) < length[:, None]  # past the end: blank for certain
+        outside = torch.full((classes,), NEVER, dtype=torch.float64, device=length.device)
+        outside[self.blank] = 0
+        self.log_probs = torch.where(inside[..., None], log_probs.double(), outside).clamp(min=NEVER)  # (B, N, V + 1)
+        self.blanks = self.log_probs[..., self.blank].cumsum(-1)  # (B, N)
+        self.spelling = spelling
+        self.usable = spelling[:, 0] >= 0
+        self.usable[ends] = False
+        self.ends, self.weight, self.candidates = ends, weight, candidates
+        # a state: last class, log P of ending at each time 0 … N in a token and in a blank, log P of all that begin so
+        never = torch.full((B, N + 1), NEVER, dtype=torch.float64, device=length.device)
+        self.states = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
+        self.place = {(b, ()): b for b in range(B)}  # row and tokens so far → index into the states
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids (R, t): the tokens so far; scores (R, vocabulary), R = B · beams."""
+        R = len(scores)
+        rows = torch.arange(R, device=scores.device) // (R // len(self.log_probs))  # (R,)
+        prefixes = [(b, tuple(ids)) for b, ids in zip(rows.tolist(), input_ids.tolist(), strict=True)]
+        # a beam that has ended goes on with padding: any state will do, its score is not used
+        place = torch.tensor([self.place.get(prefix, 0) for prefix in prefixes], device=scores.device)
+        last, token, blank, total = (part[place] for part in self.states)
+
+        usable = F.pad(self.usable, (0, scores.shape[-1] - len(self.usable)))  # an output layer may be padded
+        best = scores.masked_fill(~usable, -torch.inf).topk(self.candidates).indices  # (R, K)
+        K = best.shape[1]
+        state = (x.repeat_interleave(K, 0) for x in (last, token, blank))
+        self.states = self._extend(rows.repeat_interleave(K), *state, self.spelling[best.flatten()])  # (R * K, …)
+        extended = [(b, (*ids, id)) for (b, ids), row in zip(prefixes, best.tolist(), strict=True) for id in row]
+        self.place = {prefix: i for i, prefix in enumerate(extended)}
+
+        gain = (self.states[-1].view(R, K) - total[:, None]).clamp(min=NEVER)
+        ended = torch.logaddexp(token[:, -1], blank[:, -1]) - total  # (R,)
+        voted = torch.full_like(scores, -torch.inf)
+        voted.scatter_(1, best, scores.gather(1, best) + (self.weight * gain).to(scores.dtype))
+        voted[:, self.ends] = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)
+        return voted
+
+    def _extend(
+        self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor, spelling: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States of C prefixes, each extended by spelling (C, P), padded with −1."""
+        total = torch.zeros_like(token[:, 0])  # (C,)
+        for piece in spelling.T:  # (C,)
+            more = piece >= 0
+            if not more.any():
+                break
+            y = self.log_probs[rows, :, piece.clamp(min=0)]  # (C, N)
+            before = torch.where((piece == last)[:, None], NEVER, token)
+            before = torch.logaddexp(blank, before)[:, :-1]  # (C, N): log P of being about to write the piece at each frame
+            y_sum, blanks = y.cumsum(-1), self.blanks[rows]
+            starts = before + y  # (C, N)
+            new_token = y_sum + (starts - y_sum).logcumsumexp(-1)
+            new_token = F.pad(new_token.clamp(min=NEVER), (1, 0), value=NEVER)  # (C, N + 1)
+            new_blank = blanks + (new_token[:, :-1] - F.pad(blanks, (1, 0))[:, :-1]).logcumsumexp(-1)
+            new_blank = F.pad(new_blank.clamp(min=NEVER), (1, 0), value=NEVER)
+            last = torch.where(more, piece, last)
+            token = torch.where(more[:, None], new_token, token)
+            blank = torch.where(more[:, None], new_blank, blank)
+            total = torch.where(more, starts.logsumexp(-1), total)
+        return last, token, blank, total

@@ -1,0 +1,264 @@
+"""Make synthetic English speech with transcripts, for training without a corpus: what the shipped checkpoint learned from.
+
+    apt-get install flite espeak-ng wordnet-base
+    python demo/make_speech.py --hours 20 --out demo/speech          # train.jsonl, dev.jsonl and wav/ in it
+
+Texts: WordNet's example sentences and definitions, and sentences made up here: numbers, dates, times, money, names, spelled
+letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, each clip with its own rate, pitch and length
+of vocal tract; two of three clips get noise, an echo, a telephone band or a mix of them. A clip is one or several
+sentences of one speaker, 1 to 30 s. Transcripts are the words as spoken: lower case, no punctuation but apostrophes.
+
+Clip i is made from (seed, i) alone: more hours later add clips, a second run continues. dev.jsonl has sentences and voices
+that train.jsonl has not.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+RATE = 16000
+LONGEST = 29.0  # seconds; Whisper's encoder takes 30
+DEV_CLIPS = 150
+WORDNET = Path("/usr/share/wordnet")
+FLITE = {"train": ("slt", "rms", "awb", "kal16"), "dev": ("slt", "rms")}
+ESPEAK_ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
+ESPEAK_VOICES = {
+    "train": ("m1", "m2", "m3", "m4", "m5", "f1", "f2", "f3", "f4", "max", "linda", "steph", "adam", "belinda"),
+    "dev": ("m7", "f5", "john", "anika"),
+}
+FLITE_SHARE = 0.75  # its voices come from people's recordings, espeak-ng's from rules
+
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+ONES = [*ONES.split(), "eighteen", "nineteen"]
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth"
+ORDINALS = f"{ORDINALS} sixteenth seventeenth eighteenth nineteenth twentieth thirtieth".split()
+MONTHS = "january february march april may june july august september october november december".split()
+DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+FIRST = """james mary john patricia robert jennifer michael linda david elizabeth william barbara richard susan joseph jessica
+thomas sarah charles karen daniel nancy matthew lisa anthony margaret mark sandra paul ashley steven emily andrew donna
+george carol edward ruth henry alice peter helen frank anna oliver jane arthur rose samuel grace walter emma""".split()
+LAST = """smith johnson williams brown jones miller davis wilson anderson taylor moore jackson martin lee thompson white harris
+clark lewis robinson walker young allen king wright scott green baker adams nelson hill campbell mitchell roberts carter
+phillips evans turner parker collins edwards stewart morris murphy cook rogers morgan cooper bailey reed kelly howard""".split()
+PLACES = """london paris boston chicago new york texas california england france germany italy spain india china japan africa
+america canada mexico russia europe washington virginia scotland ireland rome berlin moscow tokyo sydney""".split()
+THINGS = """your account|the office|your message|this call|the mailbox|the conference|your password|the operator|the number
+the extension|your order|the meeting|the department|technical support|customer service|the billing office|the list|the line
+the recording|your request|the system|the server|the door|the schedule|the main menu|the directory""".replace("\n", "|").split("|")
+VERBS = "reach|cancel|change|hear|leave|check|record|send|delete|repeat|save|enter|confirm|transfer|review|skip".split("|")
+STATES = "busy|not available|now open|closed|full|empty|on hold|off line|locked|ready|being recorded|disabled|active".split("|")
+
+
+def number(n: int) -> str:
+    """0 … 999,999 in words."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return f"{TENS[n // 10 - 2]} {ONES[n % 10] if n % 10 else ''}".strip()
+    big, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
+    return f"{number(n // big)} {name} {number(n % big) if n % big else ''}".strip()
+
+
+def made_up(rng: np.random.Generator) -> str:
+    """A sentence of the kinds that a dictionary has no examples of."""
+
+    def one(options: list[str]) -> str:
+        return options[rng.integers(len(options))]
+
+    def digits(low: int, high: int) -> str:
+        return " ".join(one(ONES[:10]) for _ in range(rng.integers(low, high)))
+
+    n, small = int(10 ** rng.uniform(0, 6)), int(rng.integers(1, 100))
+    name, thing, day = f"{one(FIRST)} {one(LAST)}", one(THINGS), f"{one(MONTHS)} {one(ORDINALS)}"
+    year = f"{one(['eighteen', 'nineteen', 'twenty'])} {number(int(rng.integers(10, 100)))}"
+    hour = f"{ONES[rng.integers(1, 13)]} {one(['o clock', 'thirty', 'fifteen', 'forty five', 'a m', 'p m', number(small)])}"
+    letters = " ".join(chr(97 + c) for c in rng.integers(26, size=rng.integers(2, 6)))
+    return one([
+        number(n), digits(2, 8), letters, f"{name}, {letters}", f"{one(DAYS)}, {day}, {year}", f"{day}, {year}",
+        f"it is {hour}", f"on {one(DAYS)} at {hour}", f"{number(n)} dollars and {number(small)} cents", f"{number(small)} percent",
+        f"my name is {name}", f"{name} lived in {one(PLACES)} in {year}", f"please ask {name} to call {digits(5, 9)}",
+        f"{name}, extension {digits(3, 5)}", f"to {one(VERBS)} {thing}, press {one([*ONES[:10], 'pound', 'star'])}",
+        f"for {thing}, press {one(ONES[:10])}", f"{thing} is {one(STATES)}", f"please {one(VERBS)} {thing}",
+        f"please enter {thing}, followed by the pound key", f"you have {number(small)} new messages",
+        f"thank you for calling {name}, please hold", f"press {one(ONES[:10])} to {one(VERBS)} {thing}, or {digits(1, 2)} for {thing}",
+        f"i'm sorry, {thing} is {one(STATES)}, goodbye", f"chapter {number(small)}", f"mister {one(LAST)} said nothing",
+        f"are you sure you want to {one(VERBS)} {thing}", f"{number(small)} {one(['minutes', 'hours', 'days', 'seconds', 'people'])}",
+        f"we are going from {one(PLACES)} to {one(PLACES)} by {one(['train', 'car', 'ship', 'plane'])}",
+        f"the {one(ORDINALS)} of {one(MONTHS)}", f"that was not {one(STATES)}", f"extension {digits(3, 5)} is {one(STATES)}",
+    ])  # fmt: skip
+
+
+def wordnet_sentences() -> tuple[list[str], list[str]]:
+    """(examples, definitions) that are plain words, in file order, none twice."""
+    examples, definitions = {}, {}
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (WORDNET / f"data.{part}").read_text(encoding="utf-8").splitlines():
+            _, bar, gloss = line.partition(" | ")
+            if not bar:
+                continue
+            for text in re.findall(r'"([^"]+)"', gloss):
+                examples[text.strip().rstrip(".!?;")] = None
+            definitions[re.sub(r"\([^)]*\)", "", gloss.partition(";")[0].partition('"')[0]).strip()] = None
+
+    def plain(text: str) -> bool:
+        return bool(re.fullmatch(r"[A-Za-z][A-Za-z',\- ]+", text)) and 2 <= len(text.split()) <= 30 and not re.search(
+            r"\b[A-Z]{2,}\b|\betc\b", text)  # fmt: skip
+
+    return [t for t in examples if plain(t)], [t for t in definitions if plain(t)]
+
+
+def words_of(text: str) -> str:
+    """The transcript: lower case, hyphens apart, no punctuation but apostrophes within a word."""
+    return " ".join(re.sub(r"(?<![a-z])'|'(?![a-z])|[^a-z' ]", " ", text.lower().replace("-", " ")).split())
+
+
+def speakable(text: str) -> str:
+    """The text as the synthesizers must see it: a lone letter by its name, not as the article it may be."""
+    if re.search(r"\b[b-hj-z] [a-z]\b|\b[a-z] [b-hj-z]\b", text):
+        text = re.sub(r"\ba\b", "ay", text)
+    return text.replace("-", " ")
+
+
+def speaker(rng: np.random.Generator, part: str) -> dict:
+    """A voice, how fast and high it speaks, and the factor by which its vocal tract is shorter than the voice's."""
+    tract = float(np.exp(rng.uniform(-0.13, 0.13)))
+    rate = float(np.exp(rng.normal(0, 0.13)))
+    if rng.random() < FLITE_SHARE:
+        voice = FLITE[part][rng.integers(len(FLITE[part]))]
+        base = {"slt": 170, "rms": 100, "awb": 125, "kal16": 105}[voice]
+        return {"flite": voice, "rate": rate, "pitch": base * float(np.exp(rng.uniform(-0.2, 0.2))), "tract": tract}
+    voices = ESPEAK_VOICES[part]
+    voice = f"{ESPEAK_ACCENTS[rng.integers(len(ESPEAK_ACCENTS))]}+{voices[rng.integers(len(voices))]}"
+    return {"espeak": voice, "rate": rate, "pitch": int(rng.integers(20, 80)), "tract": tract}
+
+
+def synthesize(text: str, who: dict, folder: str) -> np.ndarray:
+    """One sentence as float32 (samples,) at 16 kHz."""
+    file, speed = f"{folder}/speech.wav", who["rate"] / who["tract"]  # resampling by `tract` speeds up again
+    if "flite" in who:
+        features = [f"duration_stretch={1 / speed:.3f}", f"int_f0_target_mean={who['pitch']:.1f}"]
+        command = ["flite", "-voice", who["flite"], *(x for f in features for x in ("--setf", f)), "-t", text, "-o", file]
+    else:
+        command = ["espeak-ng", "-v", who["espeak"], "-s", str(round(165 * speed)), "-p", str(who["pitch"]), "-w", file, text]
+    subprocess.run(command, check=True, capture_output=True)
+    audio, rate = soundfile.read(file, dtype="float32")
+    audio = soxr.resample(audio, rate * who["tract"], RATE)  # formants and pitch move together
+    loud = np.flatnonzero(np.abs(audio) > 0.005)
+    return audio[loud[0] : loud[-1] + 1] / max(np.abs(audio).max(), 1e-3) if len(loud) else audio[:0]
+
+
+def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of three clips stays clean; the others get an echo, coloured noise at 0–30 dB SNR, a telephone band, or a mix."""
+    if rng.random() < 0.67:
+        if rng.random() < 0.4:  # a room: an exponentially decaying noise as impulse response
+            decay = rng.uniform(0.05, 0.4) * RATE
+            t = np.arange(int(decay))
+            room = rng.standard_normal(len(t)) * np.exp(-6.9 * t / decay) * rng.uniform(0.02, 0.15)
+            room[0] = 1
+            size = 1 << int(np.ceil(np.log2(len(audio) + len(room))))
+            audio = np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(room, size))[: len(audio)]
+        if rng.random() < 0.25:
+            audio = soxr.resample(soxr.resample(audio, RATE, 8000), 8000, RATE)
+        if rng.random() < 0.7:
+            spectrum = np.fft.rfft(rng.standard_normal(len(audio)))
+            spectrum *= np.arange(1, len(spectrum) + 1) ** -rng.uniform(0, 1)  # white … brown
+            noise = np.fft.irfft(spectrum, len(audio))
+            snr = rng.uniform(0, 30) if rng.random() < 0.3 else rng.uniform(12, 35)
+            audio = audio + noise * np.sqrt(np.mean(audio**2) / np.mean(noise**2) / 10 ** (snr / 10))
+    return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(-1.2, -0.05)
+
+
+def make_clip(index: int, seed: int, part: str, examples: list[str], definitions: list[str], out: Path) -> dict:
+    """Write clip `index` and return its manifest line."""
+    rng = np.random.default_rng([seed, part == "dev", index])
+    who = speaker(rng, part)
+    kind = rng.random()
+    target = rng.uniform(0.5, 4) if kind < 0.55 else rng.uniform(4, 12) if kind < 0.85 else rng.uniform(12, 27)
+    pieces, texts, seconds = [np.zeros(int(rng.uniform(0.0, 0.6) * RATE), np.float32)], [], 0.0
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        while seconds < target:
+            source = rng.random()
+            if source < 0.25:
+                text = made_up(rng)
+            else:
+                sentences = definitions if source < 0.45 else examples
+                text = sentences[rng.integers(len(sentences))]
+            audio = synthesize(speakable(text), who, folder)
+            if seconds + len(audio) / RATE > LONGEST - 1 or not len(audio):
+                break
+            pieces += [audio, np.zeros(int(rng.uniform(0.05, 0.7) * RATE), np.float32)]
+            texts.append(words_of(text))
+            seconds += (len(audio) + len(pieces[-1])) / RATE
+    audio = degrade(np.concatenate(pieces), rng)
+    wav = f"wav/{part}{index // 1000:03d}/{index:06d}.wav"
+    path = out / wav
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, RATE, subtype="PCM_16")
+    voice = who.get("flite") or who["espeak"]
+    return {
+        "key": f"{part}-{index:06d}",
+        "wav": wav,
+        "txt": " ".join(texts),
+        "duration": len(audio) / RATE,
+        "voice": voice,
+    }
+
+
+def made(manifest: Path) -> list[dict]:
+    """Lines of an earlier run; one cut off by an interruption is made again."""
+    lines = manifest.read_text(encoding="utf-8").split("\n")[:-1] if manifest.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=20.0, help="of training speech")
+    parser.add_argument("--out", type=Path, default=Path("demo/speech"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if not WORDNET.is_dir():
+        raise SystemExit(f"error: {WORDNET} is missing: apt-get install wordnet-base flite espeak-ng")
+    examples, definitions = wordnet_sentences()
+    is_dev = np.random.default_rng(args.seed).random(len(examples)) < 0.01
+    texts = {
+        "dev": ([t for t, dev in zip(examples, is_dev, strict=True) if dev], definitions[::100]),
+        "train": (
+            [t for t, dev in zip(examples, is_dev, strict=True) if not dev],
+            [t for i, t in enumerate(definitions) if i % 100],
+        ),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.workers) as pool:
+        for part, enough in (("dev", DEV_CLIPS), ("train", args.hours * 3600)):
+            manifest = args.out / f"{part}.jsonl"
+            lines = made(manifest)
+            amount = len(lines) if part == "dev" else sum(line["duration"] for line in lines)
+            clip = partial(make_clip, seed=args.seed, part=part, examples=texts[part][0], definitions=texts[part][1], out=args.out)
+            manifest.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with manifest.open("a", encoding="utf-8") as file:
+                for start in count(len(lines), 64):
+                    if amount >= enough:
+                        break
+                    for line in pool.map(clip, range(start, start + 64), chunksize=4):
+                        if amount < enough and line["txt"]:
+                            file.write(json.dumps(line) + "\n")
+                            amount += 1 if part == "dev" else line["duration"]
+                    file.flush()
+            print(f"{manifest}: {len(made(manifest))} clips")
+
+
+if __name__ == "__main__":
+    main()
