@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ import torch
 import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from whisper.audio import N_FFT, N_SAMPLES, SAMPLE_RATE
 
@@ -257,12 +259,12 @@ class Spelling:
     @classmethod
     def choose(cls, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most_merges: int) -> "Spelling":
         """The tokens that spell `texts` with the tokenizer's first `most_merges` merges, and all smaller parts of them."""
-        rules = merges(tokenizer)
-        late = {merged for merged, *_ in rules[most_merges:]} - {merged for merged, *_ in rules[:most_merges]}
-        every = cls(tokenizer, [id for id in range(len(tokenizer)) if id not in late])
-        used = {every.tokens[c] for text in texts for c in every(answer_ids(tokenizer, text, spoken=True))}
-        atoms = cls(tokenizer, sorted(set(range(len(tokenizer))) - every.parents.keys()))
-        used |= {atoms.tokens[c] for id in used for c in atoms([id])}
+        rules, ids = merges(tokenizer), set(tokenizer.get_vocab().values())
+        early = {merged for merged, *_ in rules[:most_merges]}
+        atoms = ids - {merged for merged, *_ in rules}
+        by_merges, by_atoms = cls(tokenizer, sorted(atoms | early)), cls(tokenizer, sorted(atoms))
+        used = {by_merges.tokens[c] for text in texts for c in by_merges(answer_ids(tokenizer, text, spoken=True))}
+        used |= {by_atoms.tokens[c] for id in used for c in by_atoms.of_token(id)}
         return cls(tokenizer, sorted(used))
 
     def of_token(self, id: int) -> list[int]:
@@ -374,15 +376,53 @@ def render(tokenizer: PreTrainedTokenizerBase, words: str) -> PromptText:
     return PromptText(before, after, tokenizer.convert_ids_to_tokens(end))
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to a clip, anew in each epoch."""
+
+    speed: bool = False  # 0.9, 1 or 1.1 times as fast (Ko et al. 2015)
+    noise_snr: float | None = None  # white noise, so many dB below the speech
+    spectrum: bool = False  # SpecAugment (Park et al. 2019): two bands of at most 27 of 80 bins, two spans of 5 %
+
+    def waveform(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """audio (samples,) → (about as many samples,), at most 30 s."""
+        factor = rng.choice([0.9, 1.0, 1.1]) if self.speed else 1.0
+        if factor != 1 and len(audio) / factor < N_SAMPLES:
+            audio = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
+        if self.noise_snr is not None:
+            loudness = np.sqrt(np.mean(np.square(audio)) / 10 ** (self.noise_snr / 10))
+            audio = audio + loudness * rng.standard_normal(len(audio), dtype=np.float32)
+        return audio
+
+    def log_mel(self, mel: Tensor, rng: np.random.Generator) -> Tensor:
+        """mel (n_mels, F) → the same with bands and spans at its mean."""
+        mel, mean = mel.clone(), mel.mean()
+        for masked, widest in ((mel, 27 * len(mel) // 80), (mel.T, mel.shape[1] // 20)):
+            for width in rng.integers(widest + 1, size=2) if self.spectrum else ():
+                start = rng.integers(len(masked) - width + 1)
+                masked[start : start + width] = mean
+        return mel
+
+
 class SpeechDataset(torch.utils.data.Dataset):
-    """Training examples of a manifest: input_ids (T,), labels (T,), mel (n_mels, F).
+    """Training examples of a manifest: input_ids (T,), labels (T,), mel (n_mels, F) or encoded (E, d).
 
     Measures every clip up front, so that what is dropped is dropped before batches are formed, alike on every process;
     `dropped` counts them by reason. Raises InputError for a file that cannot be read.
     """
 
-    def __init__(self, manifest: Manifest, prompt: Prompt, settings: dict, max_length: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        prompt: Prompt,
+        settings: dict,
+        max_length: int,
+        augmentation: Augmentation = Augmentation(),
+        seed: int = 0,
+    ) -> None:
         self.manifest, self.prompt, self.settings, self.max_length = manifest, prompt, settings, max_length
+        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+        self.cache: list[Path] = []  # of each kept clip, the encoder's output
         self.kept, self.lengths, self.dropped = array("q"), array("l"), Counter()  # lengths in samples
         for index, record in enumerate(manifest):
             samples = self._measure(record)
@@ -409,11 +449,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         if not vectors:
             return "shorter than one projector window"
         example = self.prompt.example(txt)
-        # the marker is one of the ids and makes room for `vectors`
-        if len(example["input_ids"]) - 1 + vectors > self.max_length:
+        spoken = example.get("ctc_labels")
+        # the marker is one of the ids and makes room for the speech; of a CTC's frames the blanks are dropped
+        if len(example["input_ids"]) - 1 + (vectors if spoken is None else len(spoken)) > self.max_length:
             return "longer than --model_max_length"
-        spoken = example.get("ctc_labels", [])
-        if len(spoken) + sum(a == b for a, b in pairwise(spoken)) > vectors:  # the CTC parts equal neighbours by a blank
+        if spoken and len(spoken) + sum(a == b for a, b in pairwise(spoken)) > vectors:  # a blank parts equal neighbours
             return "with more text than its speech has room for"
         return ""
 
@@ -425,7 +465,34 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.kept)
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def encode_once(self, encoder: torch.nn.Module, folder: Path, rank: int = 0, ranks: int = 1) -> None:
+        """Write the frozen encoder's output of this process's share of the clips under `folder`, unless it is there.
+
+        float16 (E, d), one file a clip, named by the content of its audio. `encoder` maps mel (1, n_mels, F) and
+        mel_length (1,) to (1, E, d).
+        """
+        self.cache = [folder / f"{sha256(self.manifest[i].wav.read_bytes()).hexdigest()[:32]}.npy" for i in self.kept]
+        todo = [i for i in range(rank, len(self), ranks) if not self.cache[i].exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in tqdm(todo, desc="encoding", unit="clip", disable=None):
+            mel = self._log_mel(i)
+            encoded = encoder(mel[None], torch.tensor([mel.shape[-1]]))[0]  # (E, d)
+            partial = self.cache[i].with_suffix(f".{os.getpid()}")
+            with partial.open("wb") as file:
+                np.save(file, encoded.to("cpu", torch.float16).numpy())
+            os.replace(partial, self.cache[i])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = self.prompt.example(self.manifest[self.kept[index]].txt).items()
+        example = {name: torch.tensor(row, dtype=torch.long) for name, row in ids}
+        if self.cache:
+            return example | {"encoded": torch.from_numpy(np.load(self.cache[index]))}
+        return example | {"mel": self._log_mel(index)}
+
+    def _log_mel(self, index: int) -> Tensor:
         record = self.manifest[self.kept[index]]
         try:
             audio, problem = load_audio(record.wav)
@@ -436,14 +503,16 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise InputError(
                 f'{record.where}: {record.wav}: {problem}: mend the file (or its "duration"), or remove the line'
             )
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        audio = self.augmentation.waveform(audio, rng)
         mel = log_mel(audio, self.settings["encoder"]["n_mels"], self.settings["encoder_padding"])
-        ids = self.prompt.example(record.txt).items()
-        return {name: torch.tensor(row, dtype=torch.long) for name, row in ids} | {"mel": mel}
+        return self.augmentation.log_mel(mel, rng)
 
 
 @dataclass
 class SpeechCollator:
-    """Examples → one right-padded batch: input_ids, labels, attention_mask (B, T); mel (B, n_mels, F); mel_length (B,).
+    """Examples → one right-padded batch: input_ids, labels, attention_mask (B, T); mel_length (B,) in mel frames; and mel
+    (B, n_mels, F) or, where the encoder has run before, encoded (B, E, d).
 
     Masks come from lengths: the padding value is never looked for.
     """
@@ -456,6 +525,8 @@ class SpeechCollator:
         batch = {"input_ids": pad(ids, 0), "attention_mask": pad([torch.ones_like(row) for row in ids], 0)}
         for name in examples[0].keys() & {"labels", "ctc_labels"}:
             batch[name] = pad([e[name] for e in examples], IGNORE_INDEX)
+        if "encoded" in examples[0]:
+            batch["encoded"] = pad([e["encoded"] for e in examples], 0.0)
+            return batch | {"mel_length": torch.tensor([2 * len(e["encoded"]) for e in examples])}
         batch["mel"] = pad([e["mel"].T for e in examples], 0.0).transpose(1, 2)  # (B, n_mels, F)
-        batch["mel_length"] = torch.tensor([e["mel"].shape[-1] for e in examples])
-        return batch
+        return batch | {"mel_length": torch.tensor([e["mel"].shape[-1] for e in examples])}

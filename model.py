@@ -68,15 +68,15 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from None
 
 
-def parse(types: Sequence[type], argv: Sequence[str] | None) -> tuple:
-    """Dataclasses from the command line; a flag or value that cannot be is an InputError."""
+def parse(types: Sequence[type], argv: Sequence[str] | None, files: bool = False) -> tuple:
+    """Dataclasses from the command line, and what else stands there if `files` may; what cannot be is an InputError."""
     try:
         *parsed, unknown = HfArgumentParser(types).parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         raise InputError(first_line(error)) from None
-    if unknown:
+    if unknown and (not files or any(word.startswith("-") for word in unknown)):
         raise InputError(f"unknown flags or values: {' '.join(unknown)} (--help lists what there is)")
-    return tuple(parsed)
+    return (*parsed, unknown) if files else tuple(parsed)
 
 
 def cannot_load(what: str, flag: str, name: str, error: BaseException) -> InputError:
@@ -276,9 +276,10 @@ class Conv1dProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, E, encoder_dim) → (B, E // stride, llm_dim)."""
-        x = x.to(self.conv.weight.dtype).transpose(1, 2)  # (B, d, E)
-        x = F.pad(x, (self.context // 2, self.context - self.context // 2))
-        x = F.relu(self.conv(x)).transpose(1, 2)  # (B, N, d)
+        x = F.pad(x.to(self.conv.weight.dtype), (0, 0, self.context // 2, self.context - self.context // 2))
+        windows = x.unfold(1, self.stride + self.context, self.stride).flatten(2)  # (B, N, d * kernel)
+        # as a product: oneDNN's bfloat16 convolution gave a NaN weight gradient once in some hundred steps
+        x = F.relu(F.linear(windows, self.conv.weight.flatten(1), self.conv.bias))  # (B, N, d)
         x = self.linear2(F.relu(self.linear1(x)))  # (B, N, D)
         return self.norm(x.to(self.norm.weight.dtype))
 
@@ -347,12 +348,14 @@ class SpeechLLM(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.llm.activation_checkpointing_enable(**options)
 
-    def embed_speech(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
-        """mel (B, n_mels, F) → projector vectors (B, N, D) and how many of each row are real (B,)."""
+    def embed_speech(self, mel: Tensor | None, mel_length: Tensor, encoded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """mel (B, n_mels, F), or the encoder's output (B, E, d), → projector vectors (B, N, D) and how many of each row
+        are real (B,)."""
         _, frames, length = speech_lengths(mel_length * HOP_LENGTH, self.projector.stride)
         with torch.no_grad():
-            encoded = self.encoder(mel, mel_length)  # (B, E, d)
-            inside = torch.arange(encoded.shape[1], device=mel.device) < frames[:, None]
+            if encoded is None:
+                encoded = self.encoder(mel, mel_length)  # (B, E, d)
+            inside = torch.arange(encoded.shape[1], device=encoded.device) < frames[:, None]
             encoded = encoded * inside[..., None]  # a wide kernel would see the noise past a clip's end
         return self.projector(encoded), length
 
@@ -410,20 +413,21 @@ class SpeechLLM(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        mel: Tensor,
         mel_length: Tensor,
         labels: Tensor,
+        mel: Tensor | None = None,
+        encoded: Tensor | None = None,
         ctc_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Cross-entropy over the supervised tokens only, their sum divided by `num_items_in_batch` (their mean without).
 
-        input_ids, attention_mask, labels (B, T); mel (B, n_mels, F); mel_length (B,); ctc_labels (B, L), padded with
-        IGNORE_INDEX. With a CTC its loss is added (times ctc_weight), while `aligning` it is all there is.
+        input_ids, attention_mask, labels (B, T); mel (B, n_mels, F) or encoded (B, E, d); mel_length (B,); ctc_labels
+        (B, L), padded with IGNORE_INDEX. With a CTC its loss is added (times ctc_weight); while `aligning` it is all.
         Returns loss () and, but while aligning, logits (supervised tokens of the batch, vocabulary) in row order.
         """
         items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        speech, length = self.embed_speech(mel, mel_length)  # (B, N, D), (B,)
+        speech, length = self.embed_speech(mel, mel_length, encoded)  # (B, N, D), (B,)
         loss = 0.0
         if self.ctc:
             log_probs = self.ctc(speech)  # (B, N, V + 1)

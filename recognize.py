@@ -1,5 +1,6 @@
-"""Speech → text with a trained projector: one line `key text` for each line of the manifest, in its order.
+"""Speech → text with a trained projector: one line `key text` for each file, or line of the manifest, in its order.
 
+    python recognize.py speech.wav more.mp3            # with the small checkpoint that comes along
     python recognize.py --checkpoint exp --data_path test.jsonl --result_path result.txt
     python recognize.py --llm_model_name_or_path Qwen/Qwen2-1.5B-Instruct --whisper_model_name_or_path tiny \\
         --projector_model_path exp/checkpoint-600/model.safetensors --data_path test.jsonl --result_path result.txt
@@ -10,6 +11,7 @@ An interrupted run continues when started again: finished clips wait in `RESULT_
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +50,7 @@ from model import (
     weights_file,
 )
 
+DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
 SPARE_TOKENS = 8
 PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
@@ -239,13 +242,34 @@ class Progress:
             file.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)
 
 
-def run(model_args: ModelArguments, args: DecodeArguments) -> int:
-    """Decode a manifest into args.result_path; returns the exit code. Raises InputError for what stops everything."""
-    if not args.data_path:
-        raise InputError("give --data_path, the manifest (jsonl) of what to recognize")
+def use_shipped(model_args: ModelArguments) -> None:
+    """Without a checkpoint: the one in demo/pretrained, with its two small models, which are fetched on first use."""
+    small = {"llm_model_name_or_path": "SmolLM2-135M-Instruct", "whisper_model_name_or_path": "whisper-tiny.en.pt"}
+    for flag, name in small.items():
+        path = DEMO / "models" / name
+        if not getattr(model_args, flag):
+            setattr(model_args, flag, str(path))
+            if not path.exists():
+                print("fetching two small models for the checkpoint that comes along (200 MB, once)", file=sys.stderr)
+                if subprocess.run([sys.executable, DEMO / "fetch_models.py"], stdout=sys.stderr).returncode:
+                    raise InputError("the models could not be fetched: see above, or give --checkpoint")
+    model_args.checkpoint = str(DEMO / "pretrained")
+
+
+def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] = ()) -> int:
+    """Decode files onto the screen, or a manifest into args.result_path; returns the exit code.
+
+    Raises InputError for what stops everything.
+    """
+    if bool(files) == bool(args.data_path):
+        raise InputError("give either audio files or --data_path, the manifest (jsonl) of what to recognize")
     for name in ("num_beams", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1")
+    if not model_args.start():
+        use_shipped(model_args)
+    if files:
+        return recognize_files(Transcriber.from_arguments(model_args, args), files, args.batch_size)
     manifest = read_manifest(args.data_path, need_txt=False)
     transcriber = Transcriber.from_arguments(model_args, args)
     result = Path(args.result_path)
@@ -259,6 +283,19 @@ def run(model_args: ModelArguments, args: DecodeArguments) -> int:
     except OSError as error:  # bad clips were reported one by one: what is left is the result's own folder
         raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
     return summarize(outcomes, speed, result)
+
+
+def recognize_files(transcriber: Transcriber, files: Sequence[str], batch_size: int) -> int:
+    """Print `file text` for each; returns the exit code."""
+    problems = 0
+    for first in range(0, len(files), batch_size):
+        records = [Record(file, Path(file), None, None, file) for file in files[first : first + batch_size]]
+        for outcome in recognize(transcriber, records, batch_size):
+            print(f"{outcome.key} {outcome.text}", flush=True)
+            if outcome.error:
+                print(outcome.error, file=sys.stderr)
+                problems += 1
+    return 1 if problems else 0
 
 
 def partial_path(result: Path) -> Path:
@@ -299,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     with one_line_errors():
         try:
-            return run(*parse((ModelArguments, DecodeArguments), argv))
+            *arguments, files = parse((ModelArguments, DecodeArguments), argv, files=True)
+            return run(*arguments, files)
         except KeyboardInterrupt:
             raise InputError("interrupted: the same command continues where it stopped") from None
 

@@ -27,7 +27,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
-from dataset import Prompt, SpeechCollator, SpeechDataset, Spelling, load_tokenizer, read_manifest
+from dataset import Augmentation, Prompt, SpeechCollator, SpeechDataset, Spelling, load_tokenizer, read_manifest
 from model import (
     InputError,
     ModelArguments,
@@ -44,6 +44,13 @@ from model import (
 class DataArguments:
     data_path: str | None = field(default=None, metadata={"help": "Training manifest (jsonl)."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Manifest to measure the loss on."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Run the frozen encoder once a clip and keep its output here (38 kB/s: tiny)."},
+    )
+    speed_perturb: bool = field(default=False, metadata={"help": "Clips 0.9, 1 or 1.1 times as fast."})
+    noise_snr: float | None = field(default=None, metadata={"help": "Add white noise, so many dB below the speech."})
+    spec_augment: bool = field(default=False, metadata={"help": "Mask bands and spans of the log-mel (SpecAugment)."})
 
 
 @dataclass
@@ -189,6 +196,18 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
+    """The frozen encoder's output of each clip, each process its share, kept apart by encoder and padding."""
+    settings, device = dataset.settings, args.device
+    folder = Path(cache_dir, f"{settings['encoder']['fingerprint']}-{settings['encoder_padding']}")
+    encoder = model.encoder.to(device)
+    with torch.inference_mode():
+        encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
+        dataset.encode_once(encode, folder, args.process_index, args.world_size)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Build, resume if there is something to resume from, train, save; raises InputError."""
     if not data_args.data_path:
@@ -211,7 +230,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, start)
     model.ctc_weight = args.ctc_weight
 
-    train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length)
+    augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)
+    if data_args.cache_dir and augmentation != Augmentation():
+        raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or the augmentation")
+    train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length, augmentation, args.seed)
     eval_set = None
     if data_args.eval_data_path:
         eval_set = SpeechDataset(read_manifest(data_args.eval_data_path), prompt, settings, args.model_max_length)
@@ -221,6 +243,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         print(f"{data_args.eval_data_path}: {eval_set.summary()}" if eval_set else "no evaluation set")
         print(f"continuing from {resume}" if resume else f"starting from {start or 'an untrained projector'}", flush=True)
 
+    if data_args.cache_dir:
+        encode_once(train_set, model, data_args.cache_dir, args)
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; several need torchrun, not nn.DataParallel
     try:
         trainer = SpeechTrainer(

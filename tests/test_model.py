@@ -263,6 +263,20 @@ def test_fine_tuned_weights_under_the_same_shapes_are_told_apart(tiny, tmp_path)
         build_system(tmp_path / "tuned", tiny.whisper, checkpoint=str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize(("stride", "kernel", "frames"), [(5, 5, 23), (2, 8, 21), (3, 4, 30)])
+def test_the_projector_is_a_convolution(stride, kernel, frames):
+    """It is computed as a matrix product, which must be the same; a wider kernel is centred and keeps the length."""
+    torch.manual_seed(0)
+    projector = Conv1dProjector(6, 8, stride, kernel, hidden=16)
+    x = torch.randn(2, frames, 6)
+    padded = torch.nn.functional.pad(x.transpose(1, 2), ((kernel - stride) // 2, -(-(kernel - stride) // 2)))
+    conv = projector.conv(padded).relu().transpose(1, 2)
+    expected = projector.norm(projector.linear2(projector.linear1(conv).relu()))
+    out = projector(x)
+    assert out.shape == (2, frames // stride, 8)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_checkpoint_loads_in_any_dtype(system, tiny, tmp_path, dtype):
     """The fingerprint was once taken after the cast: float16 loses bits, and the right models were refused."""

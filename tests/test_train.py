@@ -45,7 +45,18 @@ def test_training_saves_only_the_projector_and_leaves_it_in_output_dir(tiny, tmp
     assert len(losses(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("order", [(), ("--group_by_length",)])
+TOKENS = ("--splice", "tokens", "--align_steps")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        (),
+        ("--group_by_length",),
+        (*TOKENS, "5"),  # cut while aligning
+        (*TOKENS, "3", "--lora_r", "2", "--spec_augment", "--speed_perturb", "--noise_snr", "20"),  # cut with the LLM
+    ],
+)
 def test_it_resumes_by_itself_from_the_newest_complete_checkpoint(tiny, tmp_path, capsys, order):
     """The interrupted run's losses are the uninterrupted run's; an incomplete checkpoint is passed over.
 
@@ -65,6 +76,30 @@ def test_it_resumes_by_itself_from_the_newest_complete_checkpoint(tiny, tmp_path
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / run / "model.safetensors") for run in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_align_phase_and_llm_phase_are_one_run(tiny, tmp_path):
+    """The first steps leave the soft prompt as its words; the later ones teach it."""
+    train.main(arguments(tiny, tmp_path, *TOKENS, "2", "--max_steps", "4"))
+    start, end = (load_file(tmp_path / f"checkpoint-{n}" / "model.safetensors") for n in (2, 4))
+    assert not torch.equal(start["soft_prompt.weight"], end["soft_prompt.weight"])
+    settings = json.loads((tmp_path / "config.json").read_text())
+    words = train.Prompt.build(train.load_tokenizer(str(tiny.qwen2)), None, settings).word_ids
+    table = load_file(tiny.qwen2 / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(start["soft_prompt.weight"], table[words])
+
+
+def test_a_cached_encoder_trains_alike_and_runs_once(tiny, tmp_path, monkeypatch):
+    """Losses with --cache_dir equal those without, up to the float16 it is kept in."""
+    flags = (*TOKENS, "2", "--max_steps", "4")
+    train.main(arguments(tiny, tmp_path / "plain", *flags))
+    train.main(arguments(tiny, tmp_path / "cached", *flags, "--cache_dir", str(tmp_path / "cache")))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-2)
+    files = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert files
+    monkeypatch.setattr(train.SpeechDataset, "_log_mel", lambda *_: pytest.fail("encoded twice"))
+    train.main(arguments(tiny, tmp_path / "again", *flags, "--cache_dir", str(tmp_path / "cache")))
+    assert losses(tmp_path / "again") == losses(tmp_path / "cached")
 
 
 def test_overwrite_output_dir_starts_over_as_it_used_to(tiny, tmp_path, capsys):

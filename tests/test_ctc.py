@@ -1,0 +1,337 @@
+"""The token splice: spelling, CTC head, soft tokens, prefix scores, and how it trains and decodes."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import audio, batch_of, build_system, byte_tokenizer
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
+
+from ctc import CTCHead, CTCPrefixScore, ctc_loss, greedy_path
+from dataset import SpeechCollator, Spelling, load_tokenizer
+from model import IGNORE_INDEX, SPEECH_INDEX, InputError
+from recognize import DecodeArguments, Transcriber
+
+
+def collapse(path, blank):
+    return tuple(c for c, _ in itertools.groupby(path) if c != blank)
+
+
+def by_enumeration(log_probs, labels, whole):
+    """P of `labels` (whole), or of all sequences that begin with them, over every path there is."""
+    frames, classes = log_probs.shape
+    total = 0.0
+    for path in itertools.product(range(classes), repeat=frames):
+        spelled = collapse(path, classes - 1)
+        if spelled == labels if whole else spelled[: len(labels)] == labels:
+            total += math.exp(sum(float(log_probs[t, c]) for t, c in enumerate(path)))
+    return total
+
+
+def random_log_probs(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(-1)
+
+
+SPELLED = [(0,), (1,), (2,), (0, 0), (1, 2), (2, 2, 1), ()]  # seven tokens of an LLM in three classes; the last is the end
+END = 6
+
+
+def scorer(log_probs, length, weight=1.0):
+    table = torch.tensor([[*s, -1, -1, -1][:3] for s in SPELLED])
+    return CTCPrefixScore(log_probs, length, table, [END], weight, candidates=6)
+
+
+def test_prefix_scores_are_those_of_enumeration():
+    """Also for a row shorter than the batch, for tokens of several classes, and for a class that repeats the last."""
+    log_probs, length = random_log_probs(2, 5, 4), torch.tensor([5, 3])
+    score = scorer(log_probs, length)
+    prefixes = [(), ()]
+    for step in ([], [3, 4], [2, 1]):
+        if step:
+            prefixes = [(*p, token) for p, token in zip(prefixes, step, strict=True)]
+        input_ids = torch.tensor([list(p) for p in prefixes], dtype=torch.long).view(2, -1)
+        out = score(input_ids, torch.zeros(2, 7, dtype=torch.float64))
+        for b in range(2):
+            rows = log_probs[b, : length[b]]
+            written = tuple(c for token in prefixes[b] for c in SPELLED[token])
+            before = by_enumeration(rows, written, whole=False)
+            for token in range(END):
+                expected = by_enumeration(rows, written + SPELLED[token], whole=False) / before
+                assert out[b, token].exp().item() == pytest.approx(expected, abs=1e-9)
+            assert out[b, END].exp().item() == pytest.approx(by_enumeration(rows, written, whole=True) / before, abs=1e-9)
+
+
+def test_prefix_scores_of_one_step_sum_to_one():
+    """Each single-class token and the end: together they are everything that can follow."""
+    out = scorer(random_log_probs(1, 6, 4), torch.tensor([6]))(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 7))
+    assert out[0, [0, 1, 2, END]].exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_prefix_scores_stay_finite_on_thirty_seconds():
+    log_probs, length = random_log_probs(2, 750, 4) * 4, torch.tensor([750, 2])
+    score, ids = scorer(log_probs, length), []
+    for _ in range(40):
+        out = score(torch.tensor([ids, ids], dtype=torch.long).view(2, -1), torch.zeros(2, 7))
+        assert not out.isnan().any()
+        ids.append(int(out[0, :END].argmax()))
+
+
+def head(vectors=torch.eye(3, 4)):
+    return CTCHead(vectors)
+
+
+def test_soft_tokens_drop_blanks_and_average_runs():
+    sure = 20 * torch.nn.functional.one_hot(torch.tensor([[3, 0, 0, 3, 0, 1, 3, 3], [2, 3, 1, 1, 0, 0, 0, 0]]), 4).double()
+    speech, count = head().soft_tokens(sure.log_softmax(-1).float(), torch.tensor([8, 4]))
+    assert count.tolist() == [3, 2]  # row 0: run of 0, blank, 0 again, 1; row 1: 2, then 1; what follows is padding
+    expected = torch.stack([torch.eye(3, 4)[[0, 0, 1]], torch.eye(3, 4)[[2, 1, 1]]])
+    expected[1, 2] = 0
+    assert torch.allclose(speech, expected, atol=1e-5)
+
+
+def test_a_run_is_the_mean_of_its_frames():
+    log_probs = torch.tensor([[[0.7, 0.2, 0.0001, 0.1], [0.5, 0.4, 0.0001, 0.1]]]).log()
+    speech, _ = head().soft_tokens(log_probs, torch.tensor([2]))
+    share = torch.tensor([[0.7, 0.2, 0.0001], [0.5, 0.4, 0.0001]])
+    assert torch.allclose(speech[0, 0, :3], (share / share.sum(1, keepdim=True)).mean(0), atol=1e-5)
+
+
+def test_a_clip_of_blanks_alone_is_no_vector():
+    blank = torch.tensor([0.0, 0, 0, 9]).repeat(2, 3, 1).log_softmax(-1)
+    blank[1, 0] = blank[1, 0].flip(0)
+    speech, count = head().soft_tokens(blank, torch.tensor([3, 3]))
+    assert count.tolist() == [0, 1]
+    assert speech.shape == (2, 1, 4)
+    assert greedy_path(blank, torch.tensor([3, 3])) == [[], [0]]
+
+
+def test_ctc_loss_is_minus_log_of_all_paths():
+    log_probs, length = random_log_probs(2, 5, 4), torch.tensor([5, 4])
+    labels = torch.tensor([[0, 1, 1], [2, IGNORE_INDEX, IGNORE_INDEX]])
+    expected = -sum(
+        math.log(by_enumeration(log_probs[b, : length[b]], tuple(labels[b][labels[b] >= 0].tolist()), whole=True))
+        for b in range(2)
+    )
+    assert ctc_loss(log_probs, length, labels, IGNORE_INDEX).item() == pytest.approx(expected)
+
+
+def merged(*rules):
+    """A byte-level tokenizer with these merges."""
+    tokenizer = byte_tokenizer()
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = data["model"]
+    for left, right in rules:
+        model["vocab"][left + right] = 300 + len(model["merges"])
+        model["merges"].append([left, right])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    return tokenizer
+
+
+RULES = [("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("n", "o"), ("Ġthe", "no")]
+
+
+def spelled(spelling, tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return [tokenizer.convert_ids_to_tokens(spelling.tokens[c]) for c in spelling(ids)]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (0, ["Ġ", "t", "h", "e", "n", "o"]),
+        (1, ["Ġ", "th", "e", "n", "o"]),
+        (3, ["Ġthe", "n", "o"]),
+        (4, ["Ġthe", "no"]),
+        (99, ["Ġtheno"]),
+    ],
+)
+def test_tokens_are_spelled_by_the_first_merges(most, expected):
+    tokenizer = merged(*RULES)
+    spelling = Spelling.choose(tokenizer, ["theno"], most)
+    assert spelled(spelling, tokenizer, " theno") == expected
+
+
+def test_a_word_the_training_text_had_not_is_spelled_by_smaller_parts():
+    tokenizer = merged(*RULES)
+    spelling = Spelling.choose(tokenizer, ["the", "on"], 99)
+    assert spelled(spelling, tokenizer, " theno") == ["Ġthe", "n", "o"]
+    assert spelled(spelling, tokenizer, " the#") == ["Ġthe"]  # a byte it never had is left out
+
+
+def test_spelling_of_the_real_tokenizer_is_its_own_with_fewer_merges(real):
+    """Splitting the LLM's tokens equals running its BPE with the first merges only: both learn them in the same order."""
+    tokenizer = load_tokenizer(str(real.llm))
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data["model"]["merges"] = data["model"]["merges"][:1000]
+    fewer = Tokenizer.from_str(json.dumps(data))
+    texts = ["the intestinal dysbiosis of nineteen elephants", "please press the pound key now", "o'clock isn't it"]
+    spelling = Spelling.choose(tokenizer, texts, 1000)
+    for text in texts:
+        ids = tokenizer(" " + text, add_special_tokens=False).input_ids
+        assert [spelling.tokens[c] for c in spelling(ids)] == fewer.encode(" " + text, add_special_tokens=False).ids
+    table = spelling.table(len(tokenizer))
+    assert table[ids[0]].tolist() == [*spelling.of_token(ids[0]), *[-1] * 16][:16]
+    assert table[tokenizer.eos_token_id].tolist() == [-1] * 16
+
+
+TEXTS = ["one two", "text", ""]
+
+
+@pytest.fixture
+def tokens(tiny):
+    return build_system(tiny.qwen2, tiny.whisper, splice="tokens")
+
+
+@pytest.fixture
+def batch(tokens):
+    return batch_of(tokens, [audio(1.7), audio(0.9), audio(1.2)], TEXTS)
+
+
+def test_the_answer_is_spoken_text_and_its_ctc_labels_spell_it(tokens):
+    example = tokens.prompt.example(" one ")
+    answer = example["input_ids"][len(tokens.prompt.ids) : -1]
+    assert tokens.prompt.tokenizer.decode(answer) == " one"
+    assert [tokens.prompt.spelling.tokens[c] for c in example["ctc_labels"]] == answer
+    assert tokens.prompt.example("")["ctc_labels"] == []
+
+
+def test_align_phase_is_ctc_alone(tokens, batch):
+    model = tokens.model
+    model.aligning = True
+    out = model(**batch, num_items_in_batch=7)
+    log_probs, length = model.hear(batch["mel"], batch["mel_length"])
+    expected = ctc_loss(log_probs, length, batch["ctc_labels"], IGNORE_INDEX) / 7
+    assert out["loss"].item() == pytest.approx(expected.item())
+    out["loss"].backward()
+    moved = {name for name, p in model.trainable().items() if p.grad.abs().max() > 0}
+    assert {name.split(".")[0] for name in moved} == {"projector", "ctc"}
+    assert all(p.grad is not None for p in model.trainable().values()), "DDP waits for every gradient"
+
+
+def test_llm_phase_adds_the_weighted_ctc(tokens, batch):
+    model = tokens.model
+    model.ctc_weight = 0.0
+    alone = model(**batch)
+    model.ctc_weight = 0.4
+    both = model(**batch)
+    model.aligning = True
+    assert both["loss"].item() == pytest.approx(alone["loss"].item() + 0.4 * model(**batch)["loss"].item(), rel=1e-5)
+
+
+def test_llm_phase_teaches_everything_that_is_trained(tokens, batch):
+    tokens.model.ctc_weight = 0.4
+    tokens.model(**batch)["loss"].backward()
+    still = [name for name, p in tokens.model.trainable().items() if not p.grad.abs().max() > 0]
+    assert not still
+    assert all(p.grad is None for p in tokens.model.llm.parameters())
+
+
+def test_soft_tokens_stand_where_the_marker_was(tokens, batch):
+    """The row that is all blank has a prompt without any speech."""
+    model = tokens.model
+    speech = torch.randn(3, 4, 32)
+    count = torch.tensor([4, 0, 2])
+    embeds, mask, labels = model.splice(batch["input_ids"], batch["attention_mask"], speech, count, batch["labels"])
+    at = tokens.prompt.ids.index(SPEECH_INDEX)
+    words = model.llm.get_input_embeddings()(torch.tensor(tokens.prompt.word_ids))
+    for row, n in enumerate(count.tolist()):
+        expected = torch.cat([words[:at], speech[row, :n], words[at:]])
+        assert torch.allclose(embeds[row, : len(expected)], expected), "the soft prompt starts as the prompt's words"
+        width = len(expected) + len(tokens.prompt.example(TEXTS[row])["input_ids"]) - len(tokens.prompt.ids)
+        assert mask[row].sum() == width
+        assert (labels[row] != IGNORE_INDEX).sum() == width - len(expected)
+
+
+def test_company_in_a_batch_changes_nothing(tiny):
+    """A kernel wider than its stride once saw the noise past the end of the shorter clip."""
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens", projector_kernel=9)
+    clips = [audio(1.7, 1), audio(0.8, 2)]
+    both = batch_of(system, clips, ["a", "b"])
+    log_probs, length = system.model.hear(both["mel"], both["mel_length"])
+    for i, clip in enumerate(clips):
+        alone = batch_of(system, [clip], ["a"])
+        single, n = system.model.hear(alone["mel"], alone["mel_length"])
+        assert n[0] == length[i]
+        assert torch.allclose(log_probs[i, : length[i]], single[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{"lora_r": 4}, {"lora_r": 4, "splice": "frames"}, {"soft_prompt": False}])
+def test_checkpoints_hold_all_that_is_trained(tiny, tmp_path, flags):
+    one = build_system(tiny.llama, tiny.whisper, **{"splice": "tokens"} | flags)
+    with torch.no_grad():
+        for p in one.model.trainable().values():
+            p.add_(torch.randn_like(p))
+    one.model.save_checkpoint(tmp_path)
+    again = build_system(tiny.llama, tiny.whisper, checkpoint=str(tmp_path))
+    assert again.settings == one.settings
+    names = one.model.trainable().keys()
+    assert any("lora" in name for name in names) == ("lora_r" in flags)
+    assert any("soft_prompt" in name for name in names) == ("soft_prompt" not in flags and flags.get("splice") != "frames")
+    batch = batch_of(one, [audio(1.0)], ["text"])
+    assert torch.equal(one.model(**batch)["logits"], again.model(**batch)["logits"])
+
+
+def test_lora_starts_as_the_frozen_llm(tiny):
+    plain, lora = (build_system(tiny.qwen2, tiny.whisper, splice="frames", lora_r=r) for r in (0, 4))
+    batch = batch_of(plain, [audio(1.0)], ["text"])
+    assert torch.equal(plain.model(**batch)["logits"], lora.model(**batch)["logits"])
+
+
+def test_another_kind_of_tokenizer_is_named(tiny):
+    tokenizer = byte_tokenizer()
+    data = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"model": data}))
+    with pytest.raises(InputError, match="--splice tokens needs an LLM with a BPE tokenizer"):
+        Spelling.choose(tokenizer, ["a"], 10)
+
+
+def transcriber(tokens, **options):
+    return Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", **options))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams):
+    """Of whole hypotheses: the LLM's by a forward pass, the CTC's by torch's own CTC loss."""
+    weight, clips = 0.7, [audio(1.7, 1), audio(0.8, 2)]
+    joint = transcriber(tokens, decoder="joint", num_beams=num_beams, joint_weight=weight)
+    batch = batch_of(tokens, clips, ["", ""])
+    ids = torch.tensor([tokens.prompt.ids] * 2)
+    options = joint.search | {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    out = tokens.model.generate(
+        ids, torch.ones_like(ids), batch["mel"], batch["mel_length"], torch.tensor([12, 9]), **options
+    )
+    log_probs, length = tokens.model.hear(batch["mel"], batch["mel_length"])
+    end = tokens.prompt.end_of_turn
+    for row, sequence in enumerate(out.sequences.tolist()):
+        answer = sequence[: sequence.index(end)]
+        spelled = torch.tensor([tokens.prompt.spelling(answer)])
+        ctc = -ctc_loss(log_probs[row : row + 1], length[row : row + 1], spelled, IGNORE_INDEX)
+        supervised = [*answer, end]
+        one = SpeechCollator()([{
+            "input_ids": torch.tensor(tokens.prompt.ids + supervised),
+            "labels": torch.tensor([IGNORE_INDEX] * len(tokens.prompt.ids) + supervised),
+            "ctc_labels": spelled[0],
+            "mel": batch["mel"][row, :, : batch["mel_length"][row]],
+        }])  # fmt: skip
+        logits = tokens.model(**one)["logits"]
+        llm = -cross_entropy(logits, torch.tensor(supervised), reduction="sum")
+        forced = len(answer) == [12, 9][row]  # the bound ends it: that end is given, not scored
+        if not forced:
+            assert out.sequences_scores[row].item() == pytest.approx((llm + weight * ctc).item(), rel=1e-4)
+    assert joint.transcribe(clips) == [joint.transcribe([clip])[0] for clip in clips]
+
+
+def test_decoders(tokens, tiny):
+    clips = [audio(1.7, 1), audio(0.8, 2)]
+    batch = batch_of(tokens, clips, ["", ""])
+    paths = greedy_path(*tokens.model.hear(batch["mel"], batch["mel_length"]))
+    texts = [tokens.prompt.tokenizer.decode([tokens.prompt.spelling.tokens[c] for c in path]) for path in paths]
+    assert transcriber(tokens, decoder="ctc").transcribe(clips) == [" ".join(text.split()) for text in texts]
+    assert transcriber(tokens).decoder == "joint"
+    frames = build_system(tiny.qwen2, tiny.whisper, splice="frames")
+    assert transcriber(frames).decoder == "llm"
+    with pytest.raises(InputError, match="--decoder ctc needs a checkpoint trained with --splice tokens"):
+        transcriber(frames, decoder="ctc")
