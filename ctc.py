@@ -106,12 +106,12 @@ class CTCPrefixScore(LogitsProcessor):
         """log_probs (B, N, V + 1), length (B,); spelling (vocabulary, P): the CTC classes of each of the LLM's tokens,
         padded with −1; `ends`: the tokens that end a transcript."""
         B, N, classes = log_probs.shape
-        self.blank = classes - 1
         inside = torch.arange(N, device=length.device) < length[:, None]  # past the end: blank for certain
         outside = torch.full((classes,), NEVER, dtype=torch.float64, device=length.device)
-        outside[self.blank] = 0
-        self.log_probs = torch.where(inside[..., None], log_probs.double(), outside).clamp(min=NEVER)  # (B, N, V + 1)
-        self.blanks = self.log_probs[..., self.blank].cumsum(-1)  # (B, N)
+        outside[-1] = 0
+        log_probs = torch.where(inside[..., None], log_probs.double(), outside).clamp(min=NEVER)
+        self.log_probs = log_probs.transpose(1, 2).contiguous()  # (B, V + 1, N)
+        self.blanks = self.log_probs[:, -1].cumsum(-1)  # (B, N)
         self.spelling = spelling
         self.usable = spelling[:, 0] >= 0
         self.usable[ends] = False
@@ -149,22 +149,24 @@ class CTCPrefixScore(LogitsProcessor):
         self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor, spelling: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """States of C prefixes, each extended by spelling (C, P), padded with −1."""
-        total = torch.zeros_like(token[:, 0])  # (C,)
-        for piece in spelling.T:  # (C,)
-            more = piece >= 0
-            if not more.any():
+        last, token, blank, total = last.clone(), token.clone(), blank.clone(), torch.zeros_like(token[:, 0])
+        for pieces in spelling.T:  # (C,)
+            at = (pieces >= 0).nonzero().squeeze(1)  # (A,) those that go on
+            if not len(at):
                 break
-            y = self.log_probs[rows, :, piece.clamp(min=0)]  # (C, N)
-            before = torch.where((piece == last)[:, None], NEVER, token)
-            before = torch.logaddexp(blank, before)[:, :-1]  # (C, N): log P of being about to write the piece at each frame
-            y_sum, blanks = y.cumsum(-1), self.blanks[rows]
-            starts = before + y  # (C, N)
-            new_token = y_sum + (starts - y_sum).logcumsumexp(-1)
-            new_token = F.pad(new_token.clamp(min=NEVER), (1, 0), value=NEVER)  # (C, N + 1)
-            new_blank = blanks + (new_token[:, :-1] - F.pad(blanks, (1, 0))[:, :-1]).logcumsumexp(-1)
-            new_blank = F.pad(new_blank.clamp(min=NEVER), (1, 0), value=NEVER)
-            last = torch.where(more, piece, last)
-            token = torch.where(more[:, None], new_token, token)
-            blank = torch.where(more[:, None], new_blank, blank)
-            total = torch.where(more, starts.logsumexp(-1), total)
+            piece, row = pieces[at], rows[at]
+            y, blanks = self.log_probs[row, piece], self.blanks[row]  # (A, N)
+            y_sum = y.cumsum(-1)
+            again = (piece == last[at])[:, None]  # the same class anew only after a blank
+            before = torch.logaddexp(blank[at], torch.where(again, NEVER, token[at]))[:, :-1]  # (A, N)
+            starts = before + y  # log P of the piece's first frame being this one
+            token_now = _later(y_sum + (starts - y_sum).logcumsumexp(-1))  # (A, N + 1)
+            blank_now = blanks + (token_now[:, :-1] - F.pad(blanks, (1, 0))[:, :-1]).logcumsumexp(-1)
+            last[at], token[at], blank[at] = piece, token_now, _later(blank_now)
+            total[at] = starts.logsumexp(-1)
         return last, token, blank, total
+
+
+def _later(log_p: Tensor) -> Tensor:
+    """(A, N) for the times 1 … N → (A, N + 1): nothing has been written at time 0."""
+    return F.pad(log_p.clamp(min=NEVER), (1, 0), value=NEVER)

@@ -382,7 +382,8 @@ class Augmentation:
 
     speed: bool = False  # 0.9, 1 or 1.1 times as fast (Ko et al. 2015)
     noise_snr: float | None = None  # white noise, so many dB below the speech
-    spectrum: bool = False  # SpecAugment (Park et al. 2019): two bands of at most 27 of 80 bins, two spans of 5 %
+    spectrum: bool = False  # SpecAugment (Park et al. 2019): two bands of at most 27 of 80 bins, two spans of 5 %;
+    # where the encoder has run before, spans of its output instead
 
     def waveform(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """audio (samples,) → (about as many samples,), at most 30 s."""
@@ -402,6 +403,14 @@ class Augmentation:
                 start = rng.integers(len(masked) - width + 1)
                 masked[start : start + width] = mean
         return mel
+
+    def encoded(self, encoded: Tensor, rng: np.random.Generator) -> Tensor:
+        """The encoder's output (E, d) → the same with spans of at most 0.3 s at zero, one in two seconds."""
+        encoded = encoded.clone()
+        for width in rng.integers(15 + 1, size=len(encoded) // 100 + 1) if self.spectrum else ():
+            start = rng.integers(max(len(encoded) - width, 0) + 1)
+            encoded[start : start + width] = 0
+        return encoded
 
 
 class SpeechDataset(torch.utils.data.Dataset):
@@ -488,11 +497,13 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = self.prompt.example(self.manifest[self.kept[index]].txt).items()
         example = {name: torch.tensor(row, dtype=torch.long) for name, row in ids}
+        rng = np.random.default_rng([self.seed, self.epoch, index])
         if self.cache:
-            return example | {"encoded": torch.from_numpy(np.load(self.cache[index]))}
-        return example | {"mel": self._log_mel(index)}
+            return example | {"encoded": self.augmentation.encoded(torch.from_numpy(np.load(self.cache[index])), rng)}
+        return example | {"mel": self._log_mel(index, rng)}
 
-    def _log_mel(self, index: int) -> Tensor:
+    def _log_mel(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
+        """Augmented if `rng` is given."""
         record = self.manifest[self.kept[index]]
         try:
             audio, problem = load_audio(record.wav)
@@ -503,10 +514,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise InputError(
                 f'{record.where}: {record.wav}: {problem}: mend the file (or its "duration"), or remove the line'
             )
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        audio = self.augmentation.waveform(audio, rng)
+        if rng:
+            audio = self.augmentation.waveform(audio, rng)
         mel = log_mel(audio, self.settings["encoder"]["n_mels"], self.settings["encoder_padding"])
-        return self.augmentation.log_mel(mel, rng)
+        return self.augmentation.log_mel(mel, rng) if rng else mel
 
 
 @dataclass

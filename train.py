@@ -50,7 +50,7 @@ class DataArguments:
     )
     speed_perturb: bool = field(default=False, metadata={"help": "Clips 0.9, 1 or 1.1 times as fast."})
     noise_snr: float | None = field(default=None, metadata={"help": "Add white noise, so many dB below the speech."})
-    spec_augment: bool = field(default=False, metadata={"help": "Mask bands and spans of the log-mel (SpecAugment)."})
+    spec_augment: bool = field(default=False, metadata={"help": "Mask bands and spans (SpecAugment)."})
 
 
 @dataclass
@@ -231,8 +231,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     model.ctc_weight = args.ctc_weight
 
     augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)
-    if data_args.cache_dir and augmentation != Augmentation():
-        raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or the augmentation")
+    if data_args.cache_dir and (data_args.speed_perturb or data_args.noise_snr is not None):
+        raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or --speed_perturb and --noise_snr")
     train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length, augmentation, args.seed)
     eval_set = None
     if data_args.eval_data_path:

@@ -39,26 +39,37 @@ ESPEAK_VOICES = {
 }
 FLITE_SHARE = 0.75  # its voices come from people's recordings, espeak-ng's from rules
 
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-ONES = [*ONES.split(), "eighteen", "nineteen"]
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth"
-ORDINALS = f"{ORDINALS} sixteenth seventeenth eighteenth nineteenth twentieth thirtieth".split()
-MONTHS = "january february march april may june july august september october november december".split()
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-FIRST = """james mary john patricia robert jennifer michael linda david elizabeth william barbara richard susan joseph jessica
-thomas sarah charles karen daniel nancy matthew lisa anthony margaret mark sandra paul ashley steven emily andrew donna
-george carol edward ruth henry alice peter helen frank anna oliver jane arthur rose samuel grace walter emma""".split()
-LAST = """smith johnson williams brown jones miller davis wilson anderson taylor moore jackson martin lee thompson white harris
-clark lewis robinson walker young allen king wright scott green baker adams nelson hill campbell mitchell roberts carter
-phillips evans turner parker collins edwards stewart morris murphy cook rogers morgan cooper bailey reed kelly howard""".split()
-PLACES = """london paris boston chicago new york texas california england france germany italy spain india china japan africa
-america canada mexico russia europe washington virginia scotland ireland rome berlin moscow tokyo sydney""".split()
-THINGS = """your account|the office|your message|this call|the mailbox|the conference|your password|the operator|the number
-the extension|your order|the meeting|the department|technical support|customer service|the billing office|the list|the line
-the recording|your request|the system|the server|the door|the schedule|the main menu|the directory""".replace("\n", "|").split("|")
-VERBS = "reach|cancel|change|hear|leave|check|record|send|delete|repeat|save|enter|confirm|transfer|review|skip".split("|")
-STATES = "busy|not available|now open|closed|full|empty|on hold|off line|locked|ready|being recorded|disabled|active".split("|")
+
+def listed(words: str) -> list[str]:
+    return [word.replace("_", " ") for word in words.split()]
+
+
+ONES = listed("""zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen""")
+TENS = listed("twenty thirty forty fifty sixty seventy eighty ninety")
+ORDINALS = listed("""first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
+    fifteenth sixteenth seventeenth eighteenth nineteenth twentieth thirtieth""")
+MONTHS = listed("january february march april may june july august september october november december")
+DAYS = listed("monday tuesday wednesday thursday friday saturday sunday")
+FIRST = listed("""james mary john patricia robert jennifer michael linda david elizabeth william barbara richard susan
+    joseph jessica thomas sarah charles karen daniel nancy matthew lisa anthony margaret mark sandra paul ashley steven
+    emily andrew donna george carol edward ruth henry alice peter helen frank anna oliver jane arthur rose samuel grace
+    walter emma""")
+LAST = listed("""smith johnson williams brown jones miller davis wilson anderson taylor moore jackson martin lee thompson
+    white harris clark lewis robinson walker young allen king wright scott green baker adams nelson hill campbell mitchell
+    roberts carter phillips evans turner parker collins edwards stewart morris murphy cook rogers morgan cooper bailey
+    reed kelly howard""")
+PLACES = listed("""london paris boston chicago new york texas california england france germany italy spain india china
+    japan africa america canada mexico russia europe washington virginia scotland ireland rome berlin moscow tokyo
+    sydney""")
+THINGS = listed("""your_account the_office your_message this_call the_mailbox the_conference your_password the_operator
+    the_number the_extension your_order the_meeting the_department technical_support customer_service the_billing_office
+    the_list the_line the_recording your_request the_system the_server the_door the_schedule the_main_menu
+    the_directory""")
+SPANS = listed("minutes hours days seconds people")
+VERBS = listed("reach cancel change hear leave check record send delete repeat save enter confirm transfer review skip")
+STATES = listed("""busy not_available now_open closed full empty on_hold off_line locked ready being_recorded disabled
+    active""")
 
 
 def number(n: int) -> str:
@@ -85,18 +96,25 @@ def made_up(rng: np.random.Generator) -> str:
     year = f"{one(['eighteen', 'nineteen', 'twenty'])} {number(int(rng.integers(10, 100)))}"
     hour = f"{ONES[rng.integers(1, 13)]} {one(['o clock', 'thirty', 'fifteen', 'forty five', 'a m', 'p m', number(small)])}"
     letters = " ".join(chr(97 + c) for c in rng.integers(26, size=rng.integers(2, 6)))
+
+    def pressed() -> str:
+        return one([*ONES[:10], "pound", "star"])
+
     return one([
         number(n), digits(2, 8), letters, f"{name}, {letters}", f"{one(DAYS)}, {day}, {year}", f"{day}, {year}",
-        f"it is {hour}", f"on {one(DAYS)} at {hour}", f"{number(n)} dollars and {number(small)} cents", f"{number(small)} percent",
-        f"my name is {name}", f"{name} lived in {one(PLACES)} in {year}", f"please ask {name} to call {digits(5, 9)}",
-        f"{name}, extension {digits(3, 5)}", f"to {one(VERBS)} {thing}, press {one([*ONES[:10], 'pound', 'star'])}",
-        f"for {thing}, press {one(ONES[:10])}", f"{thing} is {one(STATES)}", f"please {one(VERBS)} {thing}",
+        f"it is {hour}", f"on {one(DAYS)} at {hour}", f"{number(n)} dollars and {number(small)} cents",
+        f"{number(small)} percent", f"my name is {name}", f"{name} lived in {one(PLACES)} in {year}",
+        f"please ask {name} to call {digits(5, 9)}", f"{name}, extension {digits(3, 5)}",
+        f"to {one(VERBS)} {thing}, press {pressed()}", f"for {thing}, press {one(ONES[:10])}",
+        f"{thing} is {one(STATES)}", f"please {one(VERBS)} {thing}",
         f"please enter {thing}, followed by the pound key", f"you have {number(small)} new messages",
-        f"thank you for calling {name}, please hold", f"press {one(ONES[:10])} to {one(VERBS)} {thing}, or {digits(1, 2)} for {thing}",
+        f"thank you for calling {name}, please hold",
+        f"press {one(ONES[:10])} to {one(VERBS)} {thing}, or {digits(1, 2)} for {thing}",
         f"i'm sorry, {thing} is {one(STATES)}, goodbye", f"chapter {number(small)}", f"mister {one(LAST)} said nothing",
-        f"are you sure you want to {one(VERBS)} {thing}", f"{number(small)} {one(['minutes', 'hours', 'days', 'seconds', 'people'])}",
+        f"are you sure you want to {one(VERBS)} {thing}", f"{number(small)} {one(SPANS)}",
         f"we are going from {one(PLACES)} to {one(PLACES)} by {one(['train', 'car', 'ship', 'plane'])}",
-        f"the {one(ORDINALS)} of {one(MONTHS)}", f"that was not {one(STATES)}", f"extension {digits(3, 5)} is {one(STATES)}",
+        f"the {one(ORDINALS)} of {one(MONTHS)}", f"that was not {one(STATES)}",
+        f"extension {digits(3, 5)} is {one(STATES)}",
     ])  # fmt: skip
 
 
@@ -151,7 +169,8 @@ def synthesize(text: str, who: dict, folder: str) -> np.ndarray:
         features = [f"duration_stretch={1 / speed:.3f}", f"int_f0_target_mean={who['pitch']:.1f}"]
         command = ["flite", "-voice", who["flite"], *(x for f in features for x in ("--setf", f)), "-t", text, "-o", file]
     else:
-        command = ["espeak-ng", "-v", who["espeak"], "-s", str(round(165 * speed)), "-p", str(who["pitch"]), "-w", file, text]
+        command = ["espeak-ng", "-v", who["espeak"], "-s", str(round(165 * speed)), "-p", str(who["pitch"])]
+        command += ["-w", file, text]
     subprocess.run(command, check=True, capture_output=True)
     audio, rate = soundfile.read(file, dtype="float32")
     audio = soxr.resample(audio, rate * who["tract"], RATE)  # formants and pitch move together
@@ -180,13 +199,14 @@ def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(-1.2, -0.05)
 
 
-def make_clip(index: int, seed: int, part: str, examples: list[str], definitions: list[str], out: Path) -> dict:
-    """Write clip `index` and return its manifest line."""
+def make_clip(index: int, seed: int, part: str, texts: tuple[list[str], list[str]], out: Path) -> dict:
+    """Write clip `index` of `texts` (examples, definitions) and return its manifest line."""
+    examples, definitions = texts
     rng = np.random.default_rng([seed, part == "dev", index])
     who = speaker(rng, part)
     kind = rng.random()
     target = rng.uniform(0.5, 4) if kind < 0.55 else rng.uniform(4, 12) if kind < 0.85 else rng.uniform(12, 27)
-    pieces, texts, seconds = [np.zeros(int(rng.uniform(0.0, 0.6) * RATE), np.float32)], [], 0.0
+    pieces, words, seconds = [np.zeros(int(rng.uniform(0.0, 0.6) * RATE), np.float32)], [], 0.0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         while seconds < target:
             source = rng.random()
@@ -199,7 +219,7 @@ def make_clip(index: int, seed: int, part: str, examples: list[str], definitions
             if seconds + len(audio) / RATE > LONGEST - 1 or not len(audio):
                 break
             pieces += [audio, np.zeros(int(rng.uniform(0.05, 0.7) * RATE), np.float32)]
-            texts.append(words_of(text))
+            words.append(words_of(text))
             seconds += (len(audio) + len(pieces[-1])) / RATE
     audio = degrade(np.concatenate(pieces), rng)
     wav = f"wav/{part}{index // 1000:03d}/{index:06d}.wav"
@@ -210,7 +230,7 @@ def make_clip(index: int, seed: int, part: str, examples: list[str], definitions
     return {
         "key": f"{part}-{index:06d}",
         "wav": wav,
-        "txt": " ".join(texts),
+        "txt": " ".join(words),
         "duration": len(audio) / RATE,
         "voice": voice,
     }
@@ -246,10 +266,11 @@ def main() -> None:
             manifest = args.out / f"{part}.jsonl"
             lines = made(manifest)
             amount = len(lines) if part == "dev" else sum(line["duration"] for line in lines)
-            clip = partial(make_clip, seed=args.seed, part=part, examples=texts[part][0], definitions=texts[part][1], out=args.out)
+            clip = partial(make_clip, seed=args.seed, part=part, texts=texts[part], out=args.out)
+            first = int(lines[-1]["key"].rpartition("-")[2]) + 1 if lines else 0
             manifest.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             with manifest.open("a", encoding="utf-8") as file:
-                for start in count(len(lines), 64):
+                for start in count(first, 64):
                     if amount >= enough:
                         break
                     for line in pool.map(clip, range(start, start + 64), chunksize=4):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import whisper
 from conftest import DATA, ROOT, run_script
@@ -15,6 +16,7 @@ from dataset import load_audio
 sys.path.insert(0, str(ROOT / "demo"))
 import fetch_models
 import make_data
+import make_speech
 
 
 def test_the_converted_whisper_transcribes_real_speech(real):
@@ -139,3 +141,58 @@ def test_the_demo_says_where_it_stopped_and_goes_on_from_there(tmp_path):
         "recognize train.txt",
         "recognize test.txt",
     ]
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (0, "zero"),
+        (13, "thirteen"),
+        (40, "forty"),
+        (99, "ninety nine"),
+        (300, "three hundred"),
+        (71005, "seventy one thousand five"),
+    ],
+)
+def test_numbers_are_spoken_as_words(n, words):
+    assert make_speech.number(n) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("She's a well-known 'hero', isn't she", "she's a well known hero isn't she"),
+        ("the boys' room", "the boys room"),
+        ("A-B", "a b"),
+    ],
+)
+def test_transcripts_of_made_speech_are_plain_words(text, words):
+    assert make_speech.words_of(text) == words
+
+
+def test_made_up_sentences_are_plain_words_and_the_same_for_a_seed():
+    rng = np.random.default_rng(5)
+    sentences = [make_speech.made_up(rng) for _ in range(300)]
+    assert all(re.fullmatch(r"[a-z', ]+", sentence) for sentence in sentences)
+    assert len({make_speech.words_of(sentence) for sentence in sentences}) > 200
+    assert sentences[0] == make_speech.made_up(np.random.default_rng(5))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_degraded_speech_keeps_its_length_and_never_clips(seed):
+    rng = np.random.default_rng(seed)
+    speech = np.sin(np.arange(16000) / 20) * np.hanning(16000)
+    worse = make_speech.degrade(speech, rng)
+    assert abs(len(worse) - len(speech)) <= 2
+    assert np.isfinite(worse).all()
+    assert np.abs(worse).max() <= 0.9
+
+
+def test_a_lone_letter_is_named_not_read_as_the_article():
+    assert make_speech.speakable("b a c") == "b ay c"
+    assert make_speech.speakable("such a day") == "such a day"
+
+
+def test_a_cut_off_line_of_an_earlier_run_is_made_again(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"key": "train-000000"}\n{"key": "tra')
+    assert make_speech.made(tmp_path / "train.jsonl") == [{"key": "train-000000"}]

@@ -249,9 +249,8 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data_path", "x.jsonl"], "error: give --checkpoint DIR"),
         (["--checkpoint", "no-such-folder", "--data_path", "MANIFEST"], "error: no-such-folder is not a checkpoint"),
-        (["--checkpoint", "TRAINED"], "error: give --data_path"),
+        (["--checkpoint", "TRAINED"], "error: give either audio files or --data_path"),
         (
             ["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--beams", "3"],
             "error: unknown flags or values: --beams 3",
@@ -280,3 +279,12 @@ def test_a_mistake_leaves_one_line_on_stderr_and_exit_code_1():
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: no.jsonl: cannot read the manifest")
     assert "Traceback" not in done.stderr
+
+
+def test_files_on_the_command_line_are_recognized_onto_the_screen(tiny, trained, tmp_path, capsys, echo):
+    """One line a file, in the order given; a bad one is reported and makes the exit code 1."""
+    files = [str(tiny.root / "1.wav"), str(tmp_path / "no.wav"), str(tiny.root / "0.wav")]
+    assert recognize.main([*files, "--checkpoint", str(trained), "--batch_size", "2", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{files[0]} 1.7", f"{files[1]} ", f"{files[2]} 1.0"]
+    assert f"{files[1]}: no such file" in said.err

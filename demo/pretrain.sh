@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# How demo/pretrained came about: bash demo/pretrain.sh. Hours on a CPU, less on a GPU; started again it continues.
+# Synthetic speech alone: the CTC learns from most of it, then the LLM learns to read what the CTC makes of the rest.
+set -Eeuo pipefail
+cd "$(dirname "$0")/.."
+. demo/setup.sh
+hours=${HOURS:-30} align_steps=${ALIGN_STEPS:-5000} llm_steps=${LLM_STEPS:-300}
+speech=demo/exp/speech out=demo/exp/pretrain
+bf16=False
+if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then bf16=True; fi
+# without it glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+models=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct
+    --whisper_model_name_or_path demo/models/whisper-tiny.en.pt)
+common=(--bf16 "$bf16" --group_by_length --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 50 --save_steps 250
+    --save_total_limit 2 --report_to none --cache_dir demo/exp/cache --spec_augment)
+
+python demo/fetch_models.py
+python demo/make_speech.py --hours "$hours" --out "$speech"
+head -n -1500 "$speech/train.jsonl" >"$speech/align.jsonl"
+tail -n 1500 "$speech/train.jsonl" >"$speech/read.jsonl" # the CTC errs here as it will on anyone's speech
+python train.py "${models[@]}" --splice tokens --data_path "$speech/align.jsonl" --output_dir "$out/aligned" \
+    --align_steps "$align_steps" --max_steps "$align_steps" --per_device_train_batch_size 32 --learning_rate 2e-3 "${common[@]}"
+python train.py "${models[@]}" --checkpoint "$out/aligned" --data_path "$speech/read.jsonl" --output_dir "$out/trained" \
+    --max_steps "$llm_steps" --per_device_train_batch_size 16 --learning_rate 1e-3 "${common[@]}"
