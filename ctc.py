@@ -40,6 +40,10 @@ class CTCHead(nn.Module):
         bias = F.pad(self.blank_bias[None], (len(self.directions), 0))  # (V + 1,)
         return (cosine * self.log_scale.exp() + bias).log_softmax(-1)
 
+    def soft(self, log_probs: Tensor, row: Tensor, frame: Tensor) -> Tensor:
+        """The mean embedding under the posterior of each of these frames (K, D)."""
+        return log_probs[row, frame, :-1].softmax(-1) @ self.embeddings
+
     def soft_tokens(self, log_probs: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """What the LLM reads: per frame the mean embedding under the posterior, blanks dropped, runs of a token averaged.
 
@@ -52,7 +56,7 @@ class CTCHead(nn.Module):
         B, S = len(count), int(count.max())
         row, frame = speaks.nonzero(as_tuple=True)  # (K,) frames that speak
         token = row * S + (first.cumsum(1) - 1)[row, frame]  # (K,) where each goes in (B * S)
-        soft = log_probs[row, frame, :-1].softmax(-1) @ self.embeddings  # (K, D)
+        soft = self.soft(log_probs, row, frame)  # (K, D)
         total = soft.new_zeros(B * S, soft.shape[-1]).index_add(0, token, soft)
         frames = torch.bincount(token, minlength=B * S).clamp(min=1)
         return (total / frames[:, None]).view(B, S, -1), count

@@ -105,7 +105,7 @@ class ModelArguments:
         default=None, metadata={"help": "Encoder frames that each vector sees: as many as the stride, with tokens 8."}
     )
     ctc_merges: int | None = field(
-        default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 1000."}
+        default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 500."}
     )
     soft_prompt: bool | None = field(
         default=None, metadata={"help": "Train the embeddings of the prompt, from its words on; True with --splice tokens."}
@@ -577,7 +577,7 @@ DEFAULTS["tokens"] = DEFAULTS["frames"] | {
     "projector_stride": 2,
     "projector_kernel": 8,
     "soft_prompt": True,
-    "ctc_merges": 1000,
+    "ctc_merges": 500,
 }
 
 

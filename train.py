@@ -208,8 +208,10 @@ def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: 
         torch.distributed.barrier()
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
-    """Build, resume if there is something to resume from, train, save; raises InputError."""
+def build_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> tuple[SpeechTrainer, Path | None]:
+    """The trainer, and the checkpoint in --output_dir to resume from if there is one; raises InputError."""
     if not data_args.data_path:
         raise InputError("give --data_path, the training manifest (jsonl)")
     set_seed(args.seed)
@@ -220,6 +222,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if args.overwrite_output_dir and start and Path(args.output_dir).resolve() in Path(start).resolve().parents:
         raise InputError(f"--overwrite_output_dir would delete {start}, which is to be started from: give another folder")
     settings = resolve_settings(model_args, start)
+    if args.align_steps and settings["splice"] != "tokens":
+        raise InputError("--align_steps trains a CTC: it needs --splice tokens")
     manifest = read_manifest(data_args.data_path)
     tokenizer = load_tokenizer(settings["llm"]["name"])
     if settings["splice"] == "tokens" and "ctc_tokens" not in settings:
@@ -255,6 +259,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if args.overwrite_output_dir and not resume and args.should_save:  # else a later start would continue the old run
         for folder in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(folder)
+    return trainer, resume
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Build, resume if there is something to resume from, train, save; raises InputError."""
+    trainer, resume = build_trainer(model_args, data_args, args)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_state()
     trainer.save_model()

@@ -4,10 +4,15 @@
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
-hours=${HOURS:-30} align_steps=${ALIGN_STEPS:-5000} llm_steps=${LLM_STEPS:-300}
+hours=${HOURS:-40} align_steps=${ALIGN_STEPS:-2500} llm_steps=${LLM_STEPS:-300}
 speech=demo/exp/speech out=demo/exp/pretrain
-bf16=False
-if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then bf16=True; fi
+if command -v nvidia-smi >/dev/null; then # 64 clips a step, by one GPU or two cores
+    train=(python train.py --per_device_train_batch_size 64) bf16=True
+else
+    train=(torchrun --standalone --nproc_per_node=2 train.py --per_device_train_batch_size 32) bf16=False
+    export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
+    if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=True; fi
+fi
 # without it glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 models=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct
@@ -19,7 +24,7 @@ python demo/fetch_models.py
 python demo/make_speech.py --hours "$hours" --out "$speech"
 head -n -1500 "$speech/train.jsonl" >"$speech/align.jsonl"
 tail -n 1500 "$speech/train.jsonl" >"$speech/read.jsonl" # the CTC errs here as it will on anyone's speech
-python train.py "${models[@]}" --splice tokens --data_path "$speech/align.jsonl" --output_dir "$out/aligned" \
-    --align_steps "$align_steps" --max_steps "$align_steps" --per_device_train_batch_size 32 --learning_rate 2e-3 "${common[@]}"
-python train.py "${models[@]}" --checkpoint "$out/aligned" --data_path "$speech/read.jsonl" --output_dir "$out/trained" \
-    --max_steps "$llm_steps" --per_device_train_batch_size 16 --learning_rate 1e-3 "${common[@]}"
+"${train[@]}" "${models[@]}" --splice tokens --data_path "$speech/align.jsonl" --output_dir "$out/aligned" \
+    --align_steps "$align_steps" --max_steps "$align_steps" --learning_rate 2e-3 "${common[@]}"
+"${train[@]}" "${models[@]}" --checkpoint "$out/aligned" --data_path "$speech/read.jsonl" --output_dir "$out/trained" \
+    --max_steps "$llm_steps" --per_device_train_batch_size 8 --learning_rate 5e-4 "${common[@]}"

@@ -91,13 +91,14 @@ STUB = """#!/usr/bin/env bash
 # Stands for python in the demo: notes the call and leaves the files that the real script would.
 echo "$*" >>calls
 [[ -n "$FAIL_ON" && "$*" == *"$FAIL_ON"* ]] && exit 3
-[[ "$1" == score.py ]] && printf '%s: 0.00 %%\\n' hello-world conf-full && echo 'WER: 12.34 % (S 1)'
+[[ "$1" == score.py ]] && printf '%s: 0.00 %%\\n' conf-extended conf-full && echo 'WER: 12.34 % (S 1)'
 while [[ $# -gt 0 ]]; do
     case $1 in
     --output_dir) mkdir -p "$2" && touch "$2/model.safetensors" ;;
     --result_path) touch "$2" ;;
     demo/fetch_models.py) mkdir -p demo/models/SmolLM2-135M-Instruct ;;
     demo/plot.py) touch "$3" ;;
+    --out) mkdir -p "$2" && echo '{"wav": "a.wav"}' >"$2/train.jsonl" ;;
     esac
     shift
 done
@@ -105,8 +106,9 @@ exit 0
 """
 
 
-def test_the_demo_says_where_it_stopped_and_goes_on_from_there(tmp_path):
-    """Without `set -E` the trap never fired inside functions: a failing step ended the demo without a word."""
+@pytest.fixture
+def demo(tmp_path):
+    """demo.sh with python stubbed: run it with its flags, get what it said and the scripts it called."""
     for name in ("demo/demo.sh", "demo/setup.sh", "demo/data/train.jsonl", "requirements.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -117,30 +119,45 @@ def test_the_demo_says_where_it_stopped_and_goes_on_from_there(tmp_path):
     (tmp_path / "stub" / "python").write_text(STUB)
     (tmp_path / "stub" / "python").chmod(0o755)
 
-    def calls() -> list[str]:
-        lines = (tmp_path / "calls").read_text().splitlines()
-        (tmp_path / "calls").unlink()
-        return [re.sub(r"(train|recognize).py.*demo/exp/(\S*).*--(max_steps|num_beams).*", r"\1 \2", line) for line in lines]
+    def run(*flags, fail_on=""):
+        done = run_script("bash", tmp_path / "demo" / "demo.sh", *flags, FAIL_ON=fail_on)
+        log = tmp_path / "calls"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        named = [re.sub(r"(train|recognize)\.py.*--(output_dir|result_path) demo/exp/(\S*).*", r"\1 \3", x) for x in lines]
+        return done, [call for call in named if "score" not in call]
 
-    stopped = run_script("bash", tmp_path / "demo" / "demo.sh", FAIL_ON="exp/trained --max_steps")
+    return run
+
+
+def test_the_demo_says_where_it_stopped_and_goes_on_from_there(demo):
+    """Without `set -E` the trap never fired inside functions: a failing step ended the demo without a word."""
+    stopped, calls = demo(fail_on="--output_dir demo/exp/tuned")
     assert stopped.returncode == 3
     assert "error: the demo stopped at the last command above; started again, it continues there" in stopped.stderr
-    first = calls()
-    assert [call for call in first if "score" not in call] == [
-        "demo/fetch_models.py",
-        "train untrained",
-        "recognize untrained.test.txt",
-        "train trained",
-    ]
-    finished = run_script("bash", tmp_path / "demo" / "demo.sh", FAIL_ON="")
+    assert calls == ["demo/fetch_models.py", "recognize before.txt", "train tuned"]
+    finished, calls = demo()
     assert finished.returncode == 0, finished.stderr
-    assert re.search(r"test clips \(never heard\), after +12.34 %", finished.stdout)
-    assert [call for call in calls() if "score" not in call] == [
-        "train trained",
-        "demo/plot.py demo/exp/trained demo/exp/loss.png",
-        "recognize train.txt",
-        "recognize test.txt",
+    assert re.search(r"after +12.34 %", finished.stdout)
+    assert calls == ["train tuned", "demo/plot.py demo/exp/tuned demo/exp/loss.png", "recognize after.txt"]
+
+
+def test_the_demo_from_scratch_needs_no_checkpoint_and_keeps_some_prompts_to_itself(demo, tmp_path):
+    done, calls = demo("--from-scratch")
+    assert done.returncode == 0, done.stderr
+    assert [call.split(" --")[0] for call in calls] == [
+        *("demo/fetch_models.py", "demo/make_speech.py", "train scratch", "recognize scratch.dev.txt")
     ]
+    assert "pretrained" not in "".join(calls)
+    dev, train = ((tmp_path / "demo" / "exp" / name).read_text().splitlines() for name in ("dev.jsonl", "scratch.jsonl"))
+    assert (len(dev), len(train)) == (117, 471 - 117 + 1)
+    assert not set(dev) & set(train)
+
+
+def test_the_demo_refuses_an_unknown_flag(demo):
+    done, calls = demo("--from-scrach")
+    assert (done.returncode, calls) == (1, [])
+    assert "error: unknown flag --from-scrach: there is --from-scratch" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,8 @@ def test_group_by_length_forms_batches_of_like_clips(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--align_steps", "3"], "error: --align_steps trains a CTC: it needs --splice tokens"),
+        (["--cache_dir", "c", "--speed_perturb"], "error: --cache_dir keeps one encoding of each clip"),
         (["--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
         (
             ["--llm_model_name_or_path", "./nowhere"],
