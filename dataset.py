@@ -28,6 +28,7 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+import torch.nn.functional as F
 import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +39,7 @@ from whisper.audio import N_FFT, N_SAMPLES, SAMPLE_RATE
 from model import IGNORE_INDEX, REMEDY, SPEECH_INDEX, InputError, cannot_load, speech_lengths
 
 BLOCK = 4096  # frames read at a time from a corrupt file
+GRID = 64  # encoder frames: on a CPU every new shape costs memory that is kept (oneDNN's kernels), so there are few
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
 OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
 SLOT = "{speech}"
@@ -537,7 +539,8 @@ class SpeechCollator:
         for name in examples[0].keys() & {"labels", "ctc_labels"}:
             batch[name] = pad([e[name] for e in examples], IGNORE_INDEX)
         if "encoded" in examples[0]:
-            batch["encoded"] = pad([e["encoded"] for e in examples], 0.0)
+            encoded = pad([e["encoded"] for e in examples], 0.0)  # (B, E, d)
+            batch["encoded"] = F.pad(encoded, (0, 0, 0, -encoded.shape[1] % GRID))
             return batch | {"mel_length": torch.tensor([2 * len(e["encoded"]) for e in examples])}
         batch["mel"] = pad([e["mel"].T for e in examples], 0.0).transpose(1, 2)  # (B, n_mels, F)
         return batch | {"mel_length": torch.tensor([e["mel"].shape[-1] for e in examples])}

@@ -14,7 +14,7 @@ else
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=True; fi
 fi
 # without it glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=200000000 MALLOC_ARENA_MAX=2
 models=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct
     --whisper_model_name_or_path demo/models/whisper-tiny.en.pt)
 common=(--bf16 "$bf16" --group_by_length --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 50 --save_steps 250
