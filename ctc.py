@@ -30,19 +30,19 @@ class CTCHead(nn.Module):
         self.register_buffer("embeddings", embeddings, persistent=False)  # (V, D)
         self.register_buffer("directions", centred, persistent=False)  # (V, D)
         self.blank = nn.Parameter(-F.normalize(embeddings.mean(0), dim=-1))  # (D,)
-        self.blank_bias = nn.Parameter(torch.zeros(()))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.blank_bias = nn.Parameter(torch.zeros(1))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(20.0)))
 
     def forward(self, vectors: Tensor) -> Tensor:
         """vectors (B, N, D) → log-probabilities (B, N, V + 1) in float32."""
-        directions = torch.cat([self.directions, F.normalize(self.blank, dim=0)[None]])  # (V + 1, D)
+        directions = torch.cat([self.directions, F.normalize(self.blank, dim=0)[None]]).float()  # (V + 1, D)
         cosine = (F.normalize(vectors.float(), dim=-1) @ directions.T).float()  # (B, N, V + 1)
-        bias = F.pad(self.blank_bias[None], (len(self.directions), 0))  # (V + 1,)
+        bias = F.pad(self.blank_bias, (len(self.directions), 0))  # (V + 1,)
         return (cosine * self.log_scale.exp() + bias).log_softmax(-1)
 
     def soft(self, log_probs: Tensor, row: Tensor, frame: Tensor) -> Tensor:
         """The mean embedding under the posterior of each of these frames (K, D)."""
-        return log_probs[row, frame, :-1].softmax(-1) @ self.embeddings
+        return log_probs[row, frame, :-1].softmax(-1) @ self.embeddings.float()
 
     def soft_tokens(self, log_probs: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """What the LLM reads: per frame the mean embedding under the posterior, blanks dropped, runs of a token averaged.
@@ -59,7 +59,7 @@ class CTCHead(nn.Module):
         soft = self.soft(log_probs, row, frame)  # (K, D)
         total = soft.new_zeros(B * S, soft.shape[-1]).index_add(0, token, soft)
         frames = torch.bincount(token, minlength=B * S).clamp(min=1)
-        return (total / frames[:, None]).view(B, S, -1), count
+        return (total / frames[:, None]).view(B, S, soft.shape[-1]), count
 
 
 def ctc_loss(log_probs: Tensor, length: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -97,7 +97,10 @@ def greedy_path(log_probs: Tensor, length: Tensor) -> list[list[int]]:
 
 
 class CTCPrefixScore(LogitsProcessor):
-    """Adds `weight` · log P_CTC(next token | tokens so far) to the scores of a search, for its `candidates` best tokens.
+    """Adds `weight` · log P_CTC(next token | tokens so far) to the scores of a search, for its best `candidates`.
+
+    Those are chosen by both: a token cannot score better than the LLM's score and the CTC's of the token's first class,
+    which a product of matrices gives for all classes.
 
     The CTC prefix probability of Watanabe et al. 2017 ("Hybrid CTC/Attention Architecture"): the probability of all
     label sequences that begin with a prefix. A token of the LLM is spelled in one or several of the CTC's. All frames at
@@ -135,7 +138,9 @@ class CTCPrefixScore(LogitsProcessor):
         last, token, blank, total = (part[place] for part in self.states)
 
         usable = F.pad(self.usable, (0, scores.shape[-1] - len(self.usable)))  # an output layer may be padded
-        best = scores.masked_fill(~usable, -torch.inf).topk(self.candidates).indices  # (R, K)
+        first = self._next_class(rows, last, token, blank) - total[:, None]  # (R, V)
+        bound = scores + self.weight * F.pad(first[:, self.spelling[:, 0].clamp(min=0)], (0, len(usable) - len(self.usable)))
+        best = bound.masked_fill(~usable, -torch.inf).topk(self.candidates).indices  # (R, K)
         K = best.shape[1]
         state = (x.repeat_interleave(K, 0) for x in (last, token, blank))
         self.states = self._extend(rows.repeat_interleave(K), *state, self.spelling[best.flatten()])  # (R * K, …)
@@ -148,6 +153,19 @@ class CTCPrefixScore(LogitsProcessor):
         voted.scatter_(1, best, scores.gather(1, best) + (self.weight * gain).to(scores.dtype))
         voted[:, self.ends] = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)
         return voted
+
+    def _next_class(self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor) -> Tensor:
+        """log P of all that begins with a prefix and a class, for R prefixes and every class but the blank: (R, V)."""
+        before = torch.logaddexp(blank, token)[:, :-1]  # (R, N)
+        loudest = before.amax(1, keepdim=True)
+        B, classes, N = self.log_probs.shape
+        share = (before - loudest).exp().view(B, -1, N) @ self.log_probs[:, :-1].exp().transpose(1, 2)  # (B, R / B, V)
+        scores = share.view(len(rows), classes - 1).log().clamp(min=NEVER) + loudest
+        again = last.clamp(min=0)  # the last class anew: only after a blank
+        repeated = (blank[:, :-1] + self.log_probs[rows, again]).logsumexp(-1)
+        at = (last >= 0).nonzero().squeeze(1)
+        scores[at, again[at]] = repeated[at]
+        return scores
 
     def _extend(
         self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor, spelling: Tensor

@@ -273,14 +273,17 @@ class Conv1dProjector(nn.Module):
         self.linear1 = nn.Linear(encoder_dim, hidden)
         self.linear2 = nn.Linear(hidden, llm_dim)
         self.norm = nn.RMSNorm(llm_dim)
+        self.dropout = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, E, encoder_dim) → (B, E // stride, llm_dim)."""
-        x = F.pad(x.to(self.conv.weight.dtype), (0, 0, self.context // 2, self.context - self.context // 2))
+        x = F.dropout(x.to(self.conv.weight.dtype), self.dropout, self.training)
+        x = F.pad(x, (0, 0, self.context // 2, self.context - self.context // 2))
         windows = x.unfold(1, self.stride + self.context, self.stride).flatten(2)  # (B, N, d * kernel)
         # as a product: oneDNN's bfloat16 convolution gave a NaN weight gradient once in some hundred steps
         x = F.relu(F.linear(windows, self.conv.weight.flatten(1), self.conv.bias))  # (B, N, d)
-        x = self.linear2(F.relu(self.linear1(x)))  # (B, N, D)
+        x = F.relu(self.linear1(F.dropout(x, self.dropout, self.training)))  # (B, N, hidden)
+        x = self.linear2(F.dropout(x, self.dropout, self.training))  # (B, N, D)
         return self.norm(x.to(self.norm.weight.dtype))
 
     def calibrate(self, embedding: nn.Embedding) -> None:
@@ -436,6 +439,7 @@ class SpeechLLM(nn.Module):
                 unused = (p for name, p in self.trainable().items() if not name.startswith(("projector.", "ctc.")))
                 return {"loss": loss + sum(0.0 * p.sum() for p in unused if not hasattr(p, "ds_id"))}
             loss = self.ctc_weight * loss
+            self.settings["llm_reads"] |= self.training
             speech, length = self.ctc.soft_tokens(log_probs, length)  # (B, S, D)
         embeds, mask, labels = self.splice(input_ids, attention_mask, speech, length, labels)  # (B, T', D), (B, T')
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
@@ -505,6 +509,10 @@ class SpeechLLM(nn.Module):
     def load_checkpoint(self, path: str | Path) -> None:
         """Load what save_checkpoint wrote (the folder or its model.safetensors), or raise InputError with what differs."""
         stored = read_settings(path)
+        own = self.trainable()
+        if not stored["lora_r"]:  # LoRA may join later: at first it changes nothing
+            own = {name: p for name, p in own.items() if ".lora_" not in name}
+            stored["lora_r"] = self.settings["lora_r"]
         differing = _differences(stored, self.settings)
         if differing:
             trained = f"{stored['encoder'].get('name')} and {stored['llm'].get('name')}"
@@ -514,7 +522,6 @@ class SpeechLLM(nn.Module):
             state = load_file(file)
         except SafetensorError as error:
             raise InputError(f"{file}: not a readable safetensors file ({first_line(error)})") from None
-        own = self.trainable()
         shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
         wrong = [f"{name} {theirs}, expected {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
         wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
@@ -522,6 +529,7 @@ class SpeechLLM(nn.Module):
         if wrong:
             raise InputError(f"{file} does not fit these models: " + "; ".join(wrong))
         self.load_state_dict(state)
+        self.settings["llm_reads"] = stored["llm_reads"]
 
 
 def weights_file(path: str | Path) -> Path:
@@ -550,7 +558,8 @@ def read_settings(path: str | Path) -> dict:
 
 
 REMEDY = "leave the flag out, or train anew in another --output_dir"
-_INFORMATIVE = ("name", "versions")  # two copies of one model may lie anywhere; the fingerprint decides
+# two copies of one model may lie anywhere, the fingerprint decides; llm_reads: a training has got past its align phase
+_INFORMATIVE = ("name", "versions", "llm_reads")
 
 
 def _differences(stored: Any, built: Any, where: str = "") -> list[str]:
@@ -588,6 +597,8 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
     """
     stored = read_settings(path) if path else {}
     flags = {key: getattr(args, key) for key in DEFAULTS["frames"]}
+    if stored and not stored["lora_r"]:
+        stored["lora_r"] = args.lora_r or 0  # LoRA may join a checkpoint without
     differing = [key for key in flags if stored and flags[key] not in (None, stored[key])]
     if differing:
         given = " ".join(f"--{key} {flags[key]}" for key in differing)
@@ -651,6 +662,7 @@ def build_model(
     settings["encoder"] |= {"n_mels": encoder.n_mels, "dim": encoder.dim, "fingerprint": fingerprint(encoder)}
     llm_dim = table.embedding_dim
     settings["llm"] |= {"dim": llm_dim, "vocabulary": table.num_embeddings, "fingerprint": fingerprint(llm)}
+    settings["llm_reads"] = settings["splice"] == "frames"
     libraries = ("torch", "transformers", "openai-whisper")
     settings["versions"] = {library: version(library) for library in libraries}
 

@@ -62,7 +62,7 @@ class DecodeArguments:
     result_path: str = field(default="result.txt", metadata={"help": "Where the lines `key text` go."})
     decoder: Literal["auto", "ctc", "llm", "joint"] = field(
         default="auto",
-        metadata={"help": "ctc: no LLM; llm: the LLM alone; joint: both vote; auto: joint where the checkpoint has a CTC."},
+        metadata={"help": "ctc: no LLM; llm: the LLM alone; joint: both vote. auto: as the checkpoint was trained."},
     )
     joint_weight: float = field(default=1.0, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
@@ -81,7 +81,8 @@ class Transcriber:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
         self.device = next(model.parameters()).device
-        self.decoder = args.decoder if args.decoder != "auto" else "joint" if model.ctc else "llm"
+        auto = "llm" if not model.ctc else "joint" if model.settings["llm_reads"] else "ctc"
+        self.decoder = auto if args.decoder == "auto" else args.decoder
         if self.decoder != "llm" and not model.ctc:
             raise InputError(f"--decoder {self.decoder} needs a checkpoint trained with --splice tokens")
         self.search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}

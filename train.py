@@ -61,6 +61,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=0, metadata={"help": "With --splice tokens: so many first steps by CTC alone, without the LLM."}
     )
     ctc_weight: float = field(default=0.3, metadata={"help": "With --splice tokens: of the CTC beside the LLM's loss."})
+    projector_dropout: float = field(default=0.0, metadata={"help": "Before each of the projector's layers."})
     model_max_length: int = field(default=512, metadata={"help": "Longer examples (prompt, speech, text) are dropped."})
     remove_unused_columns: bool = False
     prediction_loss_only: bool = True
@@ -232,7 +233,7 @@ def build_trainer(
     prompt = Prompt.build(tokenizer, model_args.prompt, settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, start)
-    model.ctc_weight = args.ctc_weight
+    model.ctc_weight, model.projector.dropout = args.ctc_weight, args.projector_dropout
 
     augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)
     if data_args.cache_dir and (data_args.speed_perturb or data_args.noise_snr is not None):

@@ -14,6 +14,7 @@ else
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=True; fi
 fi
 # without it glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
+export LRU_CACHE_CAPACITY=128 # else oneDNN keeps a kernel for each shape of a batch: memory grows
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=200000000 MALLOC_ARENA_MAX=2
 models=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct
     --whisper_model_name_or_path demo/models/whisper-tiny.en.pt)
@@ -28,3 +29,14 @@ tail -n 1500 "$speech/train.jsonl" >"$speech/read.jsonl" # the CTC errs here as 
     --align_steps "$align_steps" --max_steps "$align_steps" --learning_rate 2e-3 "${common[@]}"
 "${train[@]}" "${models[@]}" --checkpoint "$out/aligned" --data_path "$speech/read.jsonl" --output_dir "$out/trained" \
     --max_steps "$llm_steps" --per_device_train_batch_size 8 --learning_rate 5e-4 "${common[@]}"
+
+python - "$out/trained" demo/pretrained <<'END' # bfloat16: half the size
+import shutil, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+trained, shipped = map(Path, sys.argv[1:])
+weights = load_file(trained / "model.safetensors")
+save_file({name: w.to(torch.bfloat16) for name, w in weights.items()}, shipped / "model.safetensors", metadata={"format": "pt"})
+shutil.copy(trained / "config.json", shipped / "config.json")
+END

@@ -70,6 +70,16 @@ def test_prefix_scores_of_one_step_sum_to_one():
     assert out[0, [0, 1, 2, END]].exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
+def test_candidates_are_chosen_by_both():
+    """The CTC is sure of a token that the LLM finds unlikely: with two candidates it is among them."""
+    log_probs = (8 * torch.nn.functional.one_hot(torch.tensor([[3, 2, 2, 3, 1]]), 4).double()).log_softmax(-1)
+    score = scorer(log_probs, torch.tensor([5]))
+    score.candidates = 2
+    out = score(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, -0.5, -3.0, -0.2, -0.3, -0.1, -9.0]]))
+    assert out[0, 2] == out[0, :END].max()
+    assert (out[0, :END] > -torch.inf).sum() == 2
+
+
 def test_prefix_scores_stay_finite_on_thirty_seconds():
     log_probs, length = random_log_probs(2, 750, 4) * 4, torch.tensor([750, 2])
     score, ids = scorer(log_probs, length), []
@@ -106,6 +116,14 @@ def test_a_clip_of_blanks_alone_is_no_vector():
     assert count.tolist() == [0, 1]
     assert speech.shape == (2, 1, 4)
     assert greedy_path(blank, torch.tensor([3, 3])) == [[], [0]]
+
+
+def test_a_batch_of_blanks_alone_is_no_vector_either():
+    """It could not be given a shape: the first LLM step after a short align phase stopped the training."""
+    blank = torch.tensor([0.0, 0, 0, 9]).repeat(2, 3, 1).log_softmax(-1)
+    speech, count = head().soft_tokens(blank, torch.tensor([3, 3]))
+    assert count.tolist() == [0, 0]
+    assert speech.shape == (2, 0, 4)
 
 
 def test_ctc_loss_is_minus_log_of_all_paths():
@@ -280,6 +298,18 @@ def test_lora_starts_as_the_frozen_llm(tiny):
     assert torch.equal(plain.model(**batch)["logits"], lora.model(**batch)["logits"])
 
 
+def test_lora_may_join_a_checkpoint_without_but_not_leave_one(tiny, tmp_path):
+    plain = build_system(tiny.qwen2, tiny.whisper, splice="tokens")
+    plain.model.save_checkpoint(tmp_path / "plain")
+    lora = build_system(tiny.qwen2, tiny.whisper, checkpoint=str(tmp_path / "plain"), lora_r=4)
+    batch = batch_of(plain, [audio(1.0)], ["text"])
+    assert torch.equal(plain.model(**batch)["logits"], lora.model(**batch)["logits"])
+    lora.model.save_checkpoint(tmp_path / "lora")
+    assert build_system(tiny.qwen2, tiny.whisper, checkpoint=str(tmp_path / "lora")).settings["lora_r"] == 4
+    with pytest.raises(InputError, match=r"--lora_r 0 differs from .*lora_r 4"):
+        build_system(tiny.qwen2, tiny.whisper, checkpoint=str(tmp_path / "lora"), lora_r=0)
+
+
 def test_another_kind_of_tokenizer_is_named(tiny):
     tokenizer = byte_tokenizer()
     data = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
@@ -330,6 +360,9 @@ def test_decoders(tokens, tiny):
     paths = greedy_path(*tokens.model.hear(batch["mel"], batch["mel_length"]))
     texts = [tokens.prompt.tokenizer.decode([tokens.prompt.spelling.tokens[c] for c in path]) for path in paths]
     assert transcriber(tokens, decoder="ctc").transcribe(clips) == [" ".join(text.split()) for text in texts]
+    assert transcriber(tokens).decoder == "ctc"
+    tokens.model.train()(**batch_of(tokens, clips, ["a", "b"]))
+    tokens.model.eval()
     assert transcriber(tokens).decoder == "joint"
     frames = build_system(tiny.qwen2, tiny.whisper, splice="frames")
     assert transcriber(frames).decoder == "llm"

@@ -255,10 +255,11 @@ def test_a_bad_file_met_by_a_data_worker_is_one_line_too(tiny, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
-    """Plain DDP on a CPU: the loss of 2 × 2 clips is that of 1 × 4 (tolerance 1e-4)."""
-    items = [clip | {"wav": str(tiny.root / clip["wav"])} for clip in tiny.clips[:4]]
-    common = ("--max_steps", "3", "--data_path", write_manifest(tmp_path / "four.jsonl", items))
+@pytest.mark.parametrize("splice", [(), (*TOKENS, "2", "--lora_r", "2")])
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path, splice):
+    """Plain DDP on a CPU: the loss of 2 × 2 clips is that of 1 × 4 (tolerance 1e-4); with a CTC in both phases."""
+    items = [clip | {"wav": str(tiny.root / clip["wav"]), "txt": f"t{i}"} for i, clip in enumerate(tiny.clips[:4])]
+    common = ("--max_steps", "3", "--data_path", write_manifest(tmp_path / "four.jsonl", items), *splice)
     train.main(arguments(tiny, tmp_path / "one", *map(str, common), "--per_device_train_batch_size", "4"))
     done = run_script(
         *("torchrun", "--standalone", "--nproc_per_node=2", "train.py"),
@@ -320,6 +321,25 @@ def test_deepspeed_needs_no_torchrun_on_one_process(tiny, tmp_path):
     done = run_script("python", "train.py", *arguments(tiny, tmp_path, *flags), MASTER_PORT="29512")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [("False", 1e-2), ("True", 1e-1)])
+def test_deepspeed_trains_the_token_splice_in_both_phases(tiny, tmp_path, bf16, tolerance):
+    """ZeRO-3 on two processes: the losses are those of one process without it. A parameter without a dimension, or a buffer
+    that DeepSpeed has cast, once ended it."""
+    items = [clip | {"wav": str(tiny.root / clip["wav"]), "txt": f"t{i}"} for i, clip in enumerate(tiny.clips[:4])]
+    flags = (*TOKENS, "2", "--max_steps", "4", "--data_path", str(write_manifest(tmp_path / "four.jsonl", items)))
+    flags += ("--bf16", bf16)
+    train.main(arguments(tiny, tmp_path / "one", *flags, "--per_device_train_batch_size", "4"))
+    command = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
+    done = run_script(*command, *arguments(tiny, tmp_path / "two", *flags), "--deepspeed", "ds_config_zero3.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=tolerance)
+    ours, theirs = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
+    assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
+    assert not torch.equal(
+        ours["soft_prompt.weight"], load_file(tmp_path / "two" / "checkpoint-2" / "model.safetensors")["soft_prompt.weight"]
+    )
 
 
 def test_eight_real_clips_are_learned_by_heart_and_decoded_without_error(real, tmp_path):
