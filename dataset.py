@@ -254,6 +254,7 @@ class Spelling:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> None:
         """tokens: ids of the LLM; the place in the list is the CTC's class."""
+        self.tokenizer = tokenizer
         self.tokens, self.classes = list(tokens), {id: i for i, id in enumerate(tokens)}
         self.parents = {merged: pair for merged, *pair in merges(tokenizer)}
         self.known: dict[int, list[int]] = {}
@@ -282,12 +283,13 @@ class Spelling:
         return [c for id in ids for c in self.of_token(id)]
 
     def table(self, vocabulary: int, longest: int = 16) -> Tensor:
-        """(vocabulary, longest): the classes of every token of the LLM, padded with −1; −1 only where there are none or
-        more (rows of dashes)."""
+        """(vocabulary, longest): the classes of every token of the LLM, padded with −1; −1 only where they are more (rows
+        of dashes) or do not spell the whole token (an umlaut, after English)."""
         table = torch.full((vocabulary, longest), -1)
-        for id in range(vocabulary):
+        names = self.tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
+        for id, name in enumerate(names):
             spelled = self.of_token(id)
-            if len(spelled) <= longest:
+            if len(spelled) <= longest and "".join(names[self.tokens[c]] for c in spelled) == name:
                 table[id, : len(spelled)] = torch.tensor(spelled, dtype=torch.long)
         return table
 

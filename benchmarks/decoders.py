@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=str(ROOT / "demo" / "pretrained"))
     parser.add_argument("--joint_weight", type=float, nargs="*", default=[DecodeArguments.joint_weight])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--decoders", nargs="*", choices=["ctc", "llm", "joint"], default=["ctc", "llm", "joint"])
     parser.add_argument("--sets", nargs="*", default=["dev", "test", "librivox"])
     args = parser.parse_args()
     data = ROOT / "demo" / "data"
@@ -57,6 +58,7 @@ def main() -> None:
             name = f"joint {weight:g}, {'greedy' if beams == 1 else f'beam {beams}'}"
             rows[name] = {"decoder": "joint", "num_beams": beams, "joint_weight": weight}
 
+    rows = {name: options for name, options in rows.items() if options["decoder"] in args.decoders}
     print("| decoder | " + " | ".join(f"{name} ({len(records)})" for name, records in sets.items()) + " | × real time |")
     print("|---" * (len(sets) + 2) + "|")
     models = ModelArguments()

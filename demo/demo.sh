@@ -15,7 +15,8 @@ models=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct
 bf16=False dtype=float32  # processors without bfloat16 units are slower with it
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then bf16=True dtype=bfloat16; fi
 # else glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=200000000 MALLOC_ARENA_MAX=2
+export LRU_CACHE_CAPACITY=128  # else oneDNN keeps a kernel for each shape of a batch: memory grows
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -70,8 +71,8 @@ recognize demo/pretrained "$test" "$out/before.txt"
 pairs "$test" "$out/before.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
 
 say "Fine-tuning on the 471 training prompts"
-train demo/data/train.jsonl "$out/tuned" --checkpoint demo/pretrained --align_steps 200 --max_steps 300 \
-    --per_device_train_batch_size 16 --learning_rate 1e-3
+train demo/data/train.jsonl "$out/tuned" --checkpoint demo/pretrained --align_steps 500 --max_steps 500 \
+    --per_device_train_batch_size 32 --learning_rate 1e-3 --projector_dropout 0.25
 make_once "$out/loss.png" python demo/plot.py "$out/tuned" "$out/loss.png"
 
 say "The test prompts again"

@@ -179,6 +179,17 @@ def test_a_word_the_training_text_had_not_is_spelled_by_smaller_parts():
     assert spelled(spelling, tokenizer, " the#") == ["Ġthe"]  # a byte it never had is left out
 
 
+def test_a_token_that_the_ctc_can_spell_only_in_part_is_none_of_its_candidates():
+    """With an English CTC " audição" scored as "audio"."""
+    tokenizer = merged(*RULES)
+    table = Spelling.choose(tokenizer, ["the on"], 2).table(len(tokenizer) + 50)
+    ids = tokenizer.get_vocab()
+    assert (table[ids["Ġthe"]] >= 0).sum() == 2
+    assert (table[ids["Ġtheno"]] >= 0).sum() == 4
+    unspelled = Spelling.choose(tokenizer, ["the"], 2).table(len(tokenizer) + 50)
+    assert (unspelled[ids["Ġtheno"]] >= 0).sum() == 0
+
+
 def test_spelling_of_the_real_tokenizer_is_its_own_with_fewer_merges(real):
     """Splitting the LLM's tokens equals running its BPE with the first merges only: both learn them in the same order."""
     tokenizer = load_tokenizer(str(real.llm))

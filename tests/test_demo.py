@@ -8,10 +8,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 import whisper
 from conftest import DATA, ROOT, run_script
+from safetensors.torch import load_file
 
+import recognize
 from dataset import load_audio
+from score import normalizer, score
 
 sys.path.insert(0, str(ROOT / "demo"))
 import fetch_models
@@ -213,3 +217,20 @@ def test_a_lone_letter_is_named_not_read_as_the_article():
 def test_a_cut_off_line_of_an_earlier_run_is_made_again(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"key": "train-000000"}\n{"key": "tra')
     assert make_speech.made(tmp_path / "train.jsonl") == [{"key": "train-000000"}]
+
+
+def test_the_shipped_checkpoint_hears_real_speech_without_any_flag(real, capsys):
+    """Some test prompts that nothing here was trained on: more than half of the words are right."""
+    lines = [json.loads(line) for line in (DATA / "test.jsonl").open()]
+    rows = [row for row in lines if row["duration"] > 1.5][:12]
+    files = {str(DATA / row["wav"]): row["txt"] for row in rows}
+    assert recognize.main(list(files)) == 0
+    said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == list(files)
+    assert score(files, said, normalizer("english")).words.rate < 0.5
+
+
+def test_the_shipped_checkpoint_is_small_and_bfloat16():
+    file = ROOT / "demo" / "pretrained" / "model.safetensors"
+    assert file.stat().st_size < 16e6
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
