@@ -36,7 +36,8 @@ class CTCHead(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """vectors (B, N, D) → log-probabilities (B, N, V + 1) in float32."""
         directions = torch.cat([self.directions, F.normalize(self.blank, dim=0)[None]]).float()  # (V + 1, D)
-        cosine = (F.normalize(vectors.float(), dim=-1) @ directions.T).float()  # (B, N, V + 1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            cosine = F.normalize(vectors.float(), dim=-1) @ directions.T  # (B, N, V + 1)
         bias = F.pad(self.blank_bias, (len(self.directions), 0))  # (V + 1,)
         return (cosine * self.log_scale.exp() + bias).log_softmax(-1)
 
@@ -113,16 +114,19 @@ class CTCPrefixScore(LogitsProcessor):
         """log_probs (B, N, V + 1), length (B,); spelling (vocabulary, P): the CTC classes of each of the LLM's tokens,
         padded with −1; `ends`: the tokens that end a transcript."""
         B, N, classes = log_probs.shape
+        if length.device.type == "mps":  # has no float64
+            log_probs, length, spelling = log_probs.cpu(), length.cpu(), spelling.cpu()
         inside = torch.arange(N, device=length.device) < length[:, None]  # past the end: blank for certain
         outside = torch.full((classes,), NEVER, dtype=torch.float64, device=length.device)
         outside[-1] = 0
         log_probs = torch.where(inside[..., None], log_probs.double(), outside).clamp(min=NEVER)
         self.log_probs = log_probs.transpose(1, 2).contiguous()  # (B, V + 1, N)
+        self.probs = self.log_probs[:, :-1].exp().transpose(1, 2)  # (B, N, V)
         self.blanks = self.log_probs[:, -1].cumsum(-1)  # (B, N)
         self.spelling = spelling
         self.usable = spelling[:, 0] >= 0
         self.usable[ends] = False
-        self.ends, self.weight, self.candidates = ends, weight, candidates
+        self.ends, self.weight, self.candidates = ends, weight, min(candidates, int(self.usable.sum()))
         # a state: last class, log P of ending at each time 0 … N in a token and in a blank, log P of all that begin so
         never = torch.full((B, N + 1), NEVER, dtype=torch.float64, device=length.device)
         self.states = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
@@ -130,6 +134,7 @@ class CTCPrefixScore(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (R, t): the tokens so far; scores (R, vocabulary), R = B · beams."""
+        device, scores = scores.device, scores.to(self.blanks.device)
         R = len(scores)
         rows = torch.arange(R, device=scores.device) // (R // len(self.log_probs))  # (R,)
         prefixes = [(b, tuple(ids)) for b, ids in zip(rows.tolist(), input_ids.tolist(), strict=True)]
@@ -152,14 +157,14 @@ class CTCPrefixScore(LogitsProcessor):
         voted = torch.full_like(scores, -torch.inf)
         voted.scatter_(1, best, scores.gather(1, best) + (self.weight * gain).to(scores.dtype))
         voted[:, self.ends] = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)
-        return voted
+        return voted.to(device)
 
     def _next_class(self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor) -> Tensor:
         """log P of all that begins with a prefix and a class, for R prefixes and every class but the blank: (R, V)."""
         before = torch.logaddexp(blank, token)[:, :-1]  # (R, N)
         loudest = before.amax(1, keepdim=True)
         B, classes, N = self.log_probs.shape
-        share = (before - loudest).exp().view(B, -1, N) @ self.log_probs[:, :-1].exp().transpose(1, 2)  # (B, R / B, V)
+        share = (before - loudest).exp().view(B, -1, N) @ self.probs  # (B, R / B, V)
         scores = share.view(len(rows), classes - 1).log().clamp(min=NEVER) + loudest
         again = last.clamp(min=0)  # the last class anew: only after a blank
         repeated = (blank[:, :-1] + self.log_probs[rows, again]).logsumexp(-1)

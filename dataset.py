@@ -282,14 +282,18 @@ class Spelling:
     def __call__(self, ids: Sequence[int]) -> list[int]:
         return [c for id in ids for c in self.of_token(id)]
 
+    def whole(self, ids: Sequence[int]) -> bool:
+        """Whether the CTC can spell these tokens without leaving out a character."""
+        name = self.tokenizer.convert_ids_to_tokens
+        return all("".join(name([self.tokens[c] for c in self.of_token(id)])) == name(id) for id in ids)
+
     def table(self, vocabulary: int, longest: int = 16) -> Tensor:
         """(vocabulary, longest): the classes of every token of the LLM, padded with −1; −1 only where they are more (rows
         of dashes) or do not spell the whole token (an umlaut, after English)."""
         table = torch.full((vocabulary, longest), -1)
-        names = self.tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
-        for id, name in enumerate(names):
+        for id in range(vocabulary):
             spelled = self.of_token(id)
-            if len(spelled) <= longest and "".join(names[self.tokens[c]] for c in spelled) == name:
+            if len(spelled) <= longest and self.whole([id]):
                 table[id, : len(spelled)] = torch.tensor(spelled, dtype=torch.long)
         return table
 
@@ -384,7 +388,7 @@ def render(tokenizer: PreTrainedTokenizerBase, words: str) -> PromptText:
 class Augmentation:
     """What training does to a clip, anew in each epoch."""
 
-    speed: bool = False  # 0.9, 1 or 1.1 times as fast (Ko et al. 2015)
+    speed: bool = False  # 0.9, 1 or 1.1 times as fast (Ko et al. 2015), where it lasts 1 to 30 s
     noise_snr: float | None = None  # white noise, so many dB below the speech
     spectrum: bool = False  # SpecAugment (Park et al. 2019): two bands of at most 27 of 80 bins, two spans of 5 %;
     # where the encoder has run before, spans of its output instead
@@ -392,7 +396,7 @@ class Augmentation:
     def waveform(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """audio (samples,) → (about as many samples,), at most 30 s."""
         factor = rng.choice([0.9, 1.0, 1.1]) if self.speed else 1.0
-        if factor != 1 and len(audio) / factor < N_SAMPLES:
+        if factor != 1 and SAMPLE_RATE < len(audio) / factor < N_SAMPLES:
             audio = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
         if self.noise_snr is not None:
             loudness = np.sqrt(np.mean(np.square(audio)) / 10 ** (self.noise_snr / 10))
@@ -466,6 +470,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         # the marker is one of the ids and makes room for the speech; of a CTC's frames the blanks are dropped
         if len(example["input_ids"]) - 1 + (vectors if spoken is None else len(spoken)) > self.max_length:
             return "longer than --model_max_length"
+        if self.prompt.spelling and not self.prompt.spelling.whole(answer_ids(self.prompt.tokenizer, txt, spoken=True)):
+            return "with characters that the CTC has no tokens for"
         if spoken and len(spoken) + sum(a == b for a, b in pairwise(spoken)) > vectors:  # a blank parts equal neighbours
             return "with more text than its speech has room for"
         return ""

@@ -529,7 +529,7 @@ class SpeechLLM(nn.Module):
         if wrong:
             raise InputError(f"{file} does not fit these models: " + "; ".join(wrong))
         self.load_state_dict(state)
-        self.settings["llm_reads"] = stored["llm_reads"]
+        self.settings["llm_reads"] = bool(stored.get("llm_reads"))
 
 
 def weights_file(path: str | Path) -> Path:
@@ -629,8 +629,10 @@ def add_lora(llm: nn.Module, r: int) -> nn.Module:
         raise InputError("--lora_r needs the package peft: pip install peft") from None
     output = llm.get_output_embeddings()
     layers = [name for name, m in llm.named_modules() if isinstance(m, nn.Linear) and m is not output]
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=layers)
-    return peft.inject_adapter_in_model(config, llm)
+    llm = peft.inject_adapter_in_model(peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=layers), llm)
+    for p in llm.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # peft gives them the frozen weights' bfloat16
+    return llm
 
 
 def build_model(

@@ -59,10 +59,12 @@ PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
 @dataclass
 class DecodeArguments:
     data_path: str | None = field(default=None, metadata={"help": "Manifest (jsonl) of what to recognize."})
-    result_path: str = field(default="result.txt", metadata={"help": "Where the lines `key text` go."})
+    result_path: str | None = field(
+        default=None, metadata={"help": "Where the lines `key text` of a manifest go; result.txt."}
+    )
     decoder: Literal["auto", "ctc", "llm", "joint"] = field(
         default="auto",
-        metadata={"help": "ctc: no LLM; llm: the LLM alone; joint: both vote. auto: as the checkpoint was trained."},
+        metadata={"help": "ctc: no LLM runs; llm: it alone; joint: both vote. auto: as the checkpoint was trained."},
     )
     joint_weight: float = field(default=1.0, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
@@ -251,7 +253,7 @@ def use_shipped(model_args: ModelArguments) -> None:
         if not getattr(model_args, flag):
             setattr(model_args, flag, str(path))
             if not path.exists():
-                print("fetching two small models for the checkpoint that comes along (200 MB, once)", file=sys.stderr)
+                print("fetching two small models for the checkpoint that comes along (164 MB, once)", file=sys.stderr)
                 if subprocess.run([sys.executable, DEMO / "fetch_models.py"], stdout=sys.stderr).returncode:
                     raise InputError("the models could not be fetched: see above, or give --checkpoint")
     model_args.checkpoint = str(DEMO / "pretrained")
@@ -269,11 +271,13 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
             raise InputError(f"--{name} must be at least 1")
     if not model_args.start():
         use_shipped(model_args)
+    if files and args.result_path:
+        raise InputError("--result_path is for a --data_path: the text of files goes to the screen")
     if files:
         return recognize_files(Transcriber.from_arguments(model_args, args), files, args.batch_size)
     manifest = read_manifest(args.data_path, need_txt=False)
     transcriber = Transcriber.from_arguments(model_args, args)
-    result = Path(args.result_path)
+    result = Path(args.result_path or "result.txt")
     try:
         result.parent.mkdir(parents=True, exist_ok=True)
         outcomes, speed = decode_manifest(transcriber, manifest, result, model_args, args)
@@ -340,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *arguments, files = parse((ModelArguments, DecodeArguments), argv, files=True)
             return run(*arguments, files)
         except KeyboardInterrupt:
-            raise InputError("interrupted: the same command continues where it stopped") from None
+            raise InputError("interrupted: with --data_path the same command continues where it stopped") from None
 
 
 if __name__ == "__main__":

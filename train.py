@@ -23,7 +23,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
@@ -34,6 +34,7 @@ from model import (
     SpeechLLM,
     build_model,
     first_line,
+    gathered,
     one_line_errors,
     parse,
     resolve_settings,
@@ -79,6 +80,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError("--label_smoothing_factor and --neftune_noise_alpha are not supported: leave them out")
         if self.warmup_ratio and not self.warmup_steps:  # as ever: steps win over the ratio
             self.warmup_steps = self.warmup_ratio
+        self.label_names = self.label_names or ["labels"]  # not ctc_labels too: the frame splice has none
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
         if self.adafactor:
@@ -158,6 +160,13 @@ class LengthSampler(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
+class NewEpoch(TrainerCallback):
+    """Tells the dataset its epoch: accelerate tells the sampler only, where there are several processes or a resume."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
 class SpeechTrainer(Trainer):
     """The Trainer, saving what is trained instead of everything."""
 
@@ -166,7 +175,12 @@ class SpeechTrainer(Trainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         self.model.aligning = self.state.global_step < self.args.align_steps
-        return super().training_step(model, *args, **kwargs)
+        loss = super().training_step(model, *args, **kwargs)
+        if self.model.aligning:  # the zeros that DDP waits for: as gradients they would spoil the optimizer's averages
+            for name, p in self.model.trainable().items():
+                if not name.startswith(("projector.", "ctc.")):
+                    p.grad = None
+        return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
@@ -202,7 +216,7 @@ def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: 
     settings, device = dataset.settings, args.device
     folder = Path(cache_dir, f"{settings['encoder']['fingerprint']}-{settings['encoder_padding']}")
     encoder = model.encoder.to(device)
-    with torch.inference_mode():
+    with gathered(model.encoder.parameters()), torch.no_grad():
         encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
         dataset.encode_once(encode, folder, args.process_index, args.world_size)
     if torch.distributed.is_initialized():
@@ -225,6 +239,8 @@ def build_trainer(
     settings = resolve_settings(model_args, start)
     if args.align_steps and settings["splice"] != "tokens":
         raise InputError("--align_steps trains a CTC: it needs --splice tokens")
+    if not 0 <= args.projector_dropout < 1:
+        raise InputError("--projector_dropout must be at least 0 and below 1")
     manifest = read_manifest(data_args.data_path)
     tokenizer = load_tokenizer(settings["llm"]["name"])
     if settings["splice"] == "tokens" and "ctc_tokens" not in settings:
@@ -253,7 +269,12 @@ def build_trainer(
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; several need torchrun, not nn.DataParallel
     try:
         trainer = SpeechTrainer(
-            model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, data_collator=SpeechCollator()
+            model=model,
+            args=args,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            data_collator=SpeechCollator(),
+            callbacks=[NewEpoch()],
         )
     except ValueError as error:
         raise InputError(first_line(error)) from None

@@ -8,14 +8,15 @@ letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, eac
 of vocal tract; two of three clips get noise, an echo, a telephone band or a mix of them. A clip is one or several
 sentences of one speaker, 1 to 30 s. Transcripts are the words as spoken: lower case, no punctuation but apostrophes.
 
-Clip i is made from (seed, i) alone: more hours later add clips, a second run continues. dev.jsonl has sentences and voices
-that train.jsonl has not.
+Clip i is made from (seed, i) alone: more hours later add clips, a second run continues. dev.jsonl has examples, definitions
+and voices of espeak-ng that train.jsonl has not.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -249,8 +250,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    if not WORDNET.is_dir():
-        raise SystemExit(f"error: {WORDNET} is missing: apt-get install wordnet-base flite espeak-ng")
+    missing = [program for program in ("flite", "espeak-ng") if not shutil.which(program)]
+    if missing or not WORDNET.is_dir():
+        what = missing[0] if missing else WORDNET
+        raise SystemExit(f"error: {what} is missing: apt-get install flite espeak-ng wordnet-base")
     examples, definitions = wordnet_sentences()
     is_dev = np.random.default_rng(args.seed).random(len(examples)) < 0.01
     texts = {

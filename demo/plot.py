@@ -15,9 +15,7 @@ def main(output_dir: str, png: str) -> None:
     points = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*points, strict=True), linewidth=1.5)
-    axes.set(
-        xlabel="optimizer step", ylabel="loss of the answer's tokens", title=f"Training loss, {output_dir}", ylim=(0, None)
-    )
+    axes.set(xlabel="optimizer step", ylabel="loss a token", title=f"Training loss, {output_dir}", ylim=(0, None))
     axes.grid(alpha=0.3)
     partial = Path(png).with_suffix(".partial.png")
     figure.savefig(partial, dpi=120)

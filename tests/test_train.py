@@ -53,6 +53,7 @@ TOKENS = ("--splice", "tokens", "--align_steps")
     [
         (),
         ("--group_by_length",),
+        ("--spec_augment", "--speed_perturb", "--noise_snr", "20"),  # cut within an epoch: its augmentation goes on
         (*TOKENS, "5"),  # cut while aligning
         (*TOKENS, "3", "--lora_r", "2", "--spec_augment", "--speed_perturb", "--noise_snr", "20"),  # cut with the LLM
     ],
@@ -87,6 +88,33 @@ def test_align_phase_and_llm_phase_are_one_run(tiny, tmp_path):
     words = train.Prompt.build(train.load_tokenizer(str(tiny.qwen2)), None, settings).word_ids
     table = load_file(tiny.qwen2 / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(start["soft_prompt.weight"], table[words])
+
+
+def test_each_epoch_is_augmented_anew(tiny, tmp_path, monkeypatch):
+    """accelerate tells the epoch to the sampler alone where there are several processes or a resume: all were alike."""
+    epochs = []
+    monkeypatch.setattr(train.SpeechDataset, "set_epoch", lambda self, epoch: epochs.append(epoch))
+    train.main(arguments(tiny, tmp_path, "--max_steps", "9", "--group_by_length"))
+    assert sorted(set(epochs)) == [0, 1, 2]
+
+
+def test_adapters_and_soft_prompt_meet_a_fresh_optimizer_after_the_align_phase(tiny, tmp_path):
+    """Zero gradients while aligning spent Adam's bias correction: the first LLM steps were three times too large."""
+    train.main(arguments(tiny, tmp_path, *TOKENS, "2", "--max_steps", "2", "--lora_r", "2", "--bf16", "True"))
+    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    assert len(state) == len([n for n in load_file(tmp_path / "model.safetensors") if n.startswith(("projector.", "ctc."))])
+
+
+def test_a_text_that_the_ctc_cannot_spell_is_dropped_and_counted(tiny, tmp_path, capsys):
+    """Fine-tuning on CAPITALS once taught a CTC of small letters to hear nothing but spaces."""
+    train.main(arguments(tiny, tmp_path / "small", *TOKENS, "1", "--max_steps", "1"))
+    items = [
+        clip | {"wav": str(tiny.root / clip["wav"]), "txt": txt}
+        for clip, txt in zip(tiny.clips[:2], ("TEXT", "text"), strict=True)
+    ]
+    more = ("--max_steps", "1", "--data_path", str(write_manifest(tmp_path / "m.jsonl", items)))
+    train.main(arguments(tiny, tmp_path / "more", *more, "--checkpoint", str(tmp_path / "small")))
+    assert "dropped 1 with characters that the CTC has no tokens for" in capsys.readouterr().out
 
 
 def test_a_cached_encoder_trains_alike_and_runs_once(tiny, tmp_path, monkeypatch):
@@ -222,6 +250,7 @@ def test_group_by_length_forms_batches_of_like_clips(tiny, tmp_path):
     ("change", "message"),
     [
         (["--align_steps", "3"], "error: --align_steps trains a CTC: it needs --splice tokens"),
+        (["--projector_dropout", "1"], "error: --projector_dropout must be"),
         (["--cache_dir", "c", "--speed_perturb"], "error: --cache_dir keeps one encoding of each clip"),
         (["--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
         (
