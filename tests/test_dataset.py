@@ -44,7 +44,7 @@ def test_exact_ids_and_labels_of_one_sample(tiny, tmp_path):
 def test_the_end_of_turn_is_learned_though_it_is_the_pad_token(qwen):
     """Masking labels by `== pad_token_id` is the field's old bug: where pad is the end of turn, the model never stops."""
     assert qwen.prompt.tokenizer.pad_token_id == IM_END
-    rows = [qwen.prompt.example(text) for text in ("a", "longer")]
+    rows = [tuple(qwen.prompt.example(text).values()) for text in ("a", "longer")]
     mels = [torch.zeros(80, n) for n in (10, 20)]
     batch = SpeechCollator()(
         [
@@ -60,7 +60,7 @@ def test_the_end_of_turn_is_learned_though_it_is_the_pad_token(qwen):
 
 
 def test_empty_text_supervises_the_end_of_turn_alone(qwen):
-    ids, labels = qwen.prompt.example("")
+    ids, labels = qwen.prompt.example("").values()
     assert [label for label in labels if label != IGNORE_INDEX] == [IM_END] == ids[-1:]
 
 
@@ -271,7 +271,7 @@ def test_clips_that_do_not_fit_are_dropped_counted_and_said(qwen, tmp_path):
 def test_length_limit_counts_the_speech_and_never_cuts(qwen, tmp_path):
     write_clip(tmp_path / "a.wav", 1.0)
     manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", [{"wav": "a.wav", "txt": "abc"}]))
-    exact = len(qwen.prompt.example("abc")[0]) - 1 + 10  # one second is ten vectors
+    exact = len(qwen.prompt.example("abc")["input_ids"]) - 1 + 10  # one second is ten vectors
     assert len(SpeechDataset(manifest, qwen.prompt, qwen.settings, exact)) == 1
     with pytest.raises(InputError, match=r"no clip is left to train on: .*dropped 1 longer than --model_max_length"):
         SpeechDataset(manifest, qwen.prompt, qwen.settings, exact - 1)
