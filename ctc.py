@@ -10,10 +10,13 @@ V of the LLM's tokens and one blank, which is the last class. CTC posteriors as 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 NEVER = -1e10  # a log-probability: finite, so that differences stay numbers
@@ -95,6 +98,50 @@ def greedy_path(log_probs: Tensor, length: Tensor) -> list[list[int]]:
     path = _best_path(log_probs, length)
     kept = _first_of_run(path) & (path != log_probs.shape[-1] - 1)
     return [row[keep].tolist() for row, keep in zip(path, kept, strict=True)]
+
+
+def heard_as(labels: Sequence[int], path: Sequence[int]) -> list[range]:
+    """For each of `labels` the places in `path`, the CTC's tokens, where it stands: none, one, or with what was added
+    behind it several; by the fewest edits."""
+    spans = [range(0)] * len(labels)
+    for edit, at, end, start, stop in Levenshtein.opcodes(labels, path):
+        if edit == "insert":
+            if at:
+                spans[at - 1] = range(spans[at - 1].start if spans[at - 1] else start, stop)
+        elif edit != "delete":
+            spans[at:end] = [range(i, i + 1) for i in range(start, stop)]
+    return spans
+
+
+def borrow(
+    soft: Tensor,
+    paths: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    own: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Text as if it had been heard: each token as the CTC heard that token somewhere in these clips, errors and all.
+
+    soft (B, S, D): the soft tokens of clips, `paths` their classes, `labels` what was said; `texts`: classes of other
+    texts, one for each row of the result (R, S', D), whose lengths come with it (R,). A token that no clip has is heard
+    well: own (V, D). Simulated posteriors to train on text alone: TASU (arXiv 2511.03310).
+    """
+    heard: dict[int, list[tuple[int, range]]] = {}
+    for row, (said, path) in enumerate(zip(labels, paths, strict=True)):
+        for token, span in zip(said, heard_as(said, path), strict=True):
+            heard.setdefault(token, []).append((row, span))
+    rows = []
+    for text in texts:
+        vectors = [own[:0]]
+        for token, choice in zip(text, torch.rand(len(text)).tolist(), strict=True):
+            options = heard.get(token)
+            if options:
+                row, span = options[int(choice * len(options))]
+                vectors.append(soft[row, span.start : span.stop])
+            else:
+                vectors.append(own[token][None])
+        rows.append(torch.cat(vectors))
+    return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows], device=soft.device)
 
 
 class CTCPrefixScore(LogitsProcessor):

@@ -131,6 +131,35 @@ def read_manifest(path: str | Path, need_txt: bool = True) -> Manifest:
     return manifest
 
 
+class TextLines(Sequence):
+    """The lines of a text file that are not blank, held as byte offsets."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises InputError for a file that cannot be read, is not UTF-8, or has no line."""
+        self.path, self.offsets, offset = Path(path), array("q"), 0
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    try:
+                        self.offsets.extend([offset] if line.decode("utf-8-sig").strip() else [])
+                    except UnicodeDecodeError as error:
+                        where = f"{path}:{number}: byte {error.start + 1}"
+                        raise InputError(f"{where} is not UTF-8: save the file as UTF-8") from None
+                    offset += len(line)
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the texts ({error.strerror})") from None
+        if not self.offsets:
+            raise InputError(f"{path}: no line in it")
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: int) -> str:
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[index])
+            return file.readline().decode("utf-8-sig").strip()
+
+
 def check_file(path: Path) -> None:
     """Raise InputError unless `path` is a file with something in it."""
     if not os.path.isfile(path):
@@ -436,8 +465,12 @@ class SpeechDataset(torch.utils.data.Dataset):
         max_length: int,
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
+        texts: Sequence[str] = (),
+        text_share: float = 0.5,
     ) -> None:
+        """`texts` are read without speech: drawn anew in each epoch, they are `text_share` of the examples."""
         self.manifest, self.prompt, self.settings, self.max_length = manifest, prompt, settings, max_length
+        self.texts, self.texts_per_clip = texts, text_share / (1 - text_share) if texts else 0.0
         self.augmentation, self.seed, self.epoch = augmentation, seed, 0
         self.cache: list[Path] = []  # of each kept clip, the encoder's output
         self.kept, self.lengths, self.dropped = array("q"), array("l"), Counter()  # lengths in samples
@@ -466,14 +499,20 @@ class SpeechDataset(torch.utils.data.Dataset):
         if not vectors:
             return "shorter than one projector window"
         example = self.prompt.example(txt)
+        spoken = example.get("ctc_labels", [])
+        needed = len(spoken) + sum(a == b for a, b in pairwise(spoken))  # a blank parts equal neighbours
+        crowded = "with more text than its speech has room for" if spoken and needed > vectors else ""
+        return self.unreadable(example, vectors) or crowded
+
+    def unreadable(self, example: dict[str, list[int]], vectors: int) -> str:
+        """Why the LLM cannot be given this example of so many projector vectors ("" if it can)."""
         spoken = example.get("ctc_labels")
         # the marker is one of the ids and makes room for the speech; of a CTC's frames the blanks are dropped
         if len(example["input_ids"]) - 1 + (vectors if spoken is None else len(spoken)) > self.max_length:
             return "longer than --model_max_length"
-        if self.prompt.spelling and not self.prompt.spelling.whole(answer_ids(self.prompt.tokenizer, txt, spoken=True)):
+        answer = [id for id in example["labels"][:-1] if id != IGNORE_INDEX]
+        if self.prompt.spelling and not self.prompt.spelling.whole(answer):
             return "with characters that the CTC has no tokens for"
-        if spoken and len(spoken) + sum(a == b for a, b in pairwise(spoken)) > vectors:  # a blank parts equal neighbours
-            return "with more text than its speech has room for"
         return ""
 
     def summary(self) -> str:
@@ -505,12 +544,24 @@ class SpeechDataset(torch.utils.data.Dataset):
             os.replace(partial, self.cache[i])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = self.prompt.example(self.manifest[self.kept[index]].txt).items()
-        example = {name: torch.tensor(row, dtype=torch.long) for name, row in ids}
+        example: dict[str, Any] = tensors(self.prompt.example(self.manifest[self.kept[index]].txt))
         rng = np.random.default_rng([self.seed, self.epoch, index])
+        if self.texts:
+            draw = np.random.default_rng([self.seed, self.epoch, index, 1])
+            example["texts"] = [self._text(draw) for _ in range(int(self.texts_per_clip + draw.random()))]
         if self.cache:
             return example | {"encoded": self.augmentation.encoded(torch.from_numpy(np.load(self.cache[index])), rng)}
         return example | {"mel": self._log_mel(index, rng)}
+
+    def _text(self, draw: np.random.Generator) -> dict[str, Tensor]:
+        for _ in range(1000):
+            example = self.prompt.example(self.texts[draw.integers(len(self.texts))])
+            if not self.unreadable(example, 0):
+                return tensors(example)
+        raise InputError(
+            "of 1000 lines of --text_data_path none can be used: each is longer than --model_max_length, or has characters "
+            "that the CTC has no tokens for"
+        )
 
     def _log_mel(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
         """Augmented if `rng` is given."""
@@ -530,10 +581,14 @@ class SpeechDataset(torch.utils.data.Dataset):
         return self.augmentation.log_mel(mel, rng) if rng else mel
 
 
+def tensors(example: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(row, dtype=torch.long) for name, row in example.items()}
+
+
 @dataclass
 class SpeechCollator:
-    """Examples → one right-padded batch: input_ids, labels, attention_mask (B, T); mel_length (B,) in mel frames; and mel
-    (B, n_mels, F) or, where the encoder has run before, encoded (B, E, d).
+    """Examples → one right-padded batch: input_ids, labels, attention_mask (B + R, T); mel_length (B,) in mel frames;
+    and mel (B, n_mels, F) or, where the encoder has run before, encoded (B, E, d). The last R rows have no speech.
 
     Masks come from lengths: the padding value is never looked for.
     """
@@ -542,10 +597,11 @@ class SpeechCollator:
         def pad(rows: list[Tensor], value: float) -> Tensor:
             return pad_sequence(rows, batch_first=True, padding_value=value)
 
-        ids = [e["input_ids"] for e in examples]
+        rows = examples + [text for e in examples for text in e.get("texts", ())]
+        ids = [row["input_ids"] for row in rows]
         batch = {"input_ids": pad(ids, 0), "attention_mask": pad([torch.ones_like(row) for row in ids], 0)}
         for name in examples[0].keys() & {"labels", "ctc_labels"}:
-            batch[name] = pad([e[name] for e in examples], IGNORE_INDEX)
+            batch[name] = pad([row[name] for row in rows], IGNORE_INDEX)
         if "encoded" in examples[0]:
             encoded = pad([e["encoded"] for e in examples], 0.0)  # (B, E, d)
             batch["encoded"] = F.pad(encoded, (0, 0, 0, -encoded.shape[1] % GRID))

@@ -43,7 +43,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper.audio import HOP_LENGTH
 
-from ctc import CTCHead, CTCPrefixScore, ctc_loss
+from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path
 
 SPEECH_INDEX = -200  # the speech marker in input_ids: outside every vocabulary, so no table is resized
 IGNORE_INDEX = -100  # a label that is not supervised
@@ -103,6 +103,9 @@ class ModelArguments:
     )
     projector_kernel: int | None = field(
         default=None, metadata={"help": "Encoder frames that each vector sees: as many as the stride, with tokens 8."}
+    )
+    projector_blocks: int | None = field(
+        default=None, metadata={"help": "Residual blocks within the projector: 0, with --splice tokens 2."}
     )
     ctc_merges: int | None = field(
         default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 500."}
@@ -261,27 +264,56 @@ def _openai_encoder(name: str) -> WhisperEncoder:
     return encoder
 
 
+class ConvBlock(nn.Module):
+    """A residual block over time (ConvNeXt, Liu et al. 2022): each channel's own filter, then all channels mixed."""
+
+    def __init__(self, dim: int, kernel: int = 9) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.wide, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, inside: Tensor, dropout: float) -> Tensor:
+        """x (B, N, dim); inside (B, N, 1) is 0 past a clip's end → (B, N, dim)."""
+        with torch.autocast(x.device.type, enabled=False):  # oneDNN's bfloat16 convolution: see Conv1dProjector
+            mixed = self.conv((self.norm(x.to(self.norm.weight.dtype)) * inside).transpose(1, 2)).transpose(1, 2)
+        return x + F.dropout(self.narrow(F.gelu(self.wide(mixed))), dropout, self.training)
+
+
 class Conv1dProjector(nn.Module):
-    """The published projector (WeSR, after SLAM-ASR), with an output norm of the size of the LLM's own embeddings."""
+    """The published projector (WeSR, after SLAM-ASR), with an output norm of the size of the LLM's own embeddings.
+
+    `blocks` residual blocks behind its convolution let every vector see more of the speech around it.
+    """
 
     def __init__(
-        self, encoder_dim: int, llm_dim: int, stride: int = 5, kernel: int | None = None, hidden: int = 2048
+        self,
+        encoder_dim: int,
+        llm_dim: int,
+        stride: int = 5,
+        kernel: int | None = None,
+        blocks: int = 0,
+        hidden: int = 2048,
     ) -> None:
         super().__init__()
         self.stride, self.context = stride, (kernel or stride) - stride  # a wider kernel sees frames on both sides
         self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride + self.context, stride=stride)
+        self.blocks = nn.ModuleList(ConvBlock(encoder_dim) for _ in range(blocks))
         self.linear1 = nn.Linear(encoder_dim, hidden)
         self.linear2 = nn.Linear(hidden, llm_dim)
         self.norm = nn.RMSNorm(llm_dim)
         self.dropout = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, E, encoder_dim) → (B, E // stride, llm_dim)."""
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        """x (B, E, encoder_dim), of each row `length` (B,) real windows of `stride` → (B, E // stride, llm_dim)."""
         x = F.dropout(x.to(self.conv.weight.dtype), self.dropout, self.training)
         x = F.pad(x, (0, 0, self.context // 2, self.context - self.context // 2))
         windows = x.unfold(1, self.stride + self.context, self.stride).flatten(2)  # (B, N, d * kernel)
         # as a product: oneDNN's bfloat16 convolution gave a NaN weight gradient once in some hundred steps
         x = F.relu(F.linear(windows, self.conv.weight.flatten(1), self.conv.bias))  # (B, N, d)
+        inside = (torch.arange(x.shape[1], device=x.device) < length[:, None])[..., None]  # (B, N, 1)
+        for block in self.blocks:
+            x = block(x, inside, self.dropout)
         x = F.relu(self.linear1(F.dropout(x, self.dropout, self.training)))  # (B, N, hidden)
         x = self.linear2(F.dropout(x, self.dropout, self.training))  # (B, N, D)
         return self.norm(x.to(self.norm.weight.dtype))
@@ -360,7 +392,7 @@ class SpeechLLM(nn.Module):
                 encoded = self.encoder(mel, mel_length)  # (B, E, d)
             inside = torch.arange(encoded.shape[1], device=encoded.device) < frames[:, None]
             encoded = encoded * inside[..., None]  # a wide kernel would see the noise past a clip's end
-        return self.projector(encoded), length
+        return self.projector(encoded, length), length
 
     def hear(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
         """The CTC's log-probabilities (B, N, V + 1) and how many frames of each row are real (B,)."""
@@ -427,20 +459,28 @@ class SpeechLLM(nn.Module):
 
         input_ids, attention_mask, labels (B, T); mel (B, n_mels, F) or encoded (B, E, d); mel_length (B,); ctc_labels
         (B, L), padded with IGNORE_INDEX. With a CTC its loss is added (times ctc_weight); while `aligning` it is all.
+        Rows past those of mel_length are text alone: the LLM reads them as the CTC might have heard them (`borrow`).
         Returns loss () and, but while aligning, logits (supervised tokens of the batch, vocabulary) in row order.
         """
         items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         speech, length = self.embed_speech(mel, mel_length, encoded)  # (B, N, D), (B,)
         loss = 0.0
         if self.ctc:
-            log_probs = self.ctc(speech)  # (B, N, V + 1)
-            loss = ctc_loss(log_probs, length, ctc_labels, IGNORE_INDEX) / items
+            log_probs, clips = self.ctc(speech), len(length)  # (B, N, V + 1)
+            loss = ctc_loss(log_probs, length, ctc_labels[:clips], IGNORE_INDEX) / items
             if self.aligning:  # DDP waits for a gradient of whatever is trained
                 unused = (p for name, p in self.trainable().items() if not name.startswith(("projector.", "ctc.")))
                 return {"loss": loss + sum(0.0 * p.sum() for p in unused if not hasattr(p, "ds_id"))}
             loss = self.ctc_weight * loss
             self.settings["llm_reads"] |= self.training
+            paths = greedy_path(log_probs, length) if len(ctc_labels) > clips else []
             speech, length = self.ctc.soft_tokens(log_probs, length)  # (B, S, D)
+            if paths:
+                spoken = [row[row != IGNORE_INDEX].tolist() for row in ctc_labels]
+                soft, count = borrow(speech.detach(), paths, spoken[:clips], spoken[clips:], self.ctc.embeddings.float())
+                S = max(speech.shape[1], soft.shape[1])
+                speech = torch.cat([F.pad(part, (0, 0, 0, S - part.shape[1])) for part in (speech, soft)])
+                length = torch.cat([length, count])
         embeds, mask, labels = self.splice(input_ids, attention_mask, speech, length, labels)  # (B, T', D), (B, T')
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         target = labels[:, 1:]
@@ -576,6 +616,7 @@ DEFAULTS = {
         "encoder_padding": "none",
         "projector_stride": 5,
         "projector_kernel": None,
+        "projector_blocks": 0,
         "soft_prompt": False,
         "lora_r": 0,
         "ctc_merges": 0,
@@ -585,6 +626,7 @@ DEFAULTS["tokens"] = DEFAULTS["frames"] | {
     "splice": "tokens",
     "projector_stride": 2,
     "projector_kernel": 8,
+    "projector_blocks": 2,
     "soft_prompt": True,
     "ctc_merges": 500,
 }
@@ -615,7 +657,7 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
             raise InputError(f"give --{flag}_model_name_or_path, or --checkpoint to take it from there")
     if not 1 <= settings["projector_stride"] <= settings["projector_kernel"]:
         raise InputError("--projector_stride must be at least 1, and --projector_kernel at least the stride")
-    for name in ("lora_r", "ctc_merges"):
+    for name in ("projector_blocks", "lora_r", "ctc_merges"):
         if settings[name] < 0:
             raise InputError(f"--{name} must not be negative")
     return {"format": CHECKPOINT_FORMAT, **settings}
@@ -673,7 +715,8 @@ def build_model(
 
     encoder.requires_grad_(False)
     llm.requires_grad_(False)
-    projector = Conv1dProjector(encoder.dim, llm_dim, settings["projector_stride"], settings["projector_kernel"])
+    shape = (settings[f"projector_{name}"] for name in ("stride", "kernel", "blocks"))
+    projector = Conv1dProjector(encoder.dim, llm_dim, *shape)
     projector.calibrate(table)
     ctc = soft_prompt = None
     with gathered([table.weight]), torch.no_grad():

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
-from dataset import Augmentation, Prompt, SpeechCollator, SpeechDataset, Spelling, load_tokenizer, read_manifest
+from dataset import Augmentation, Prompt, SpeechCollator, SpeechDataset, Spelling, TextLines, load_tokenizer, read_manifest
 from model import (
     InputError,
     ModelArguments,
@@ -45,6 +45,11 @@ from model import (
 class DataArguments:
     data_path: str | None = field(default=None, metadata={"help": "Training manifest (jsonl)."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Manifest to measure the loss on."})
+    text_data_path: str | None = field(
+        default=None,
+        metadata={"help": "Text without speech, a sentence a line: the LLM reads it as the CTC might have heard it."},
+    )
+    text_share: float = field(default=0.5, metadata={"help": "Of the examples of a batch, those of --text_data_path."})
     cache_dir: str | None = field(
         default=None,
         metadata={"help": "Run the frozen encoder once a clip and keep its output here (38 kB/s: tiny)."},
@@ -239,6 +244,10 @@ def build_trainer(
     settings = resolve_settings(model_args, start)
     if args.align_steps and settings["splice"] != "tokens":
         raise InputError("--align_steps trains a CTC: it needs --splice tokens")
+    if data_args.text_data_path and settings["splice"] != "tokens":
+        raise InputError("--text_data_path is text as a CTC would hear it: it needs --splice tokens")
+    if not 0 <= data_args.text_share < 1:
+        raise InputError("--text_share must be at least 0 and below 1")
     if not 0 <= args.projector_dropout < 1:
         raise InputError("--projector_dropout must be at least 0 and below 1")
     manifest = read_manifest(data_args.data_path)
@@ -254,7 +263,10 @@ def build_trainer(
     augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)
     if data_args.cache_dir and (data_args.speed_perturb or data_args.noise_snr is not None):
         raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or --speed_perturb and --noise_snr")
-    train_set = SpeechDataset(manifest, prompt, settings, args.model_max_length, augmentation, args.seed)
+    texts = TextLines(data_args.text_data_path) if data_args.text_data_path else ()
+    train_set = SpeechDataset(
+        manifest, prompt, settings, args.model_max_length, augmentation, args.seed, texts, data_args.text_share
+    )
     eval_set = None
     if data_args.eval_data_path:
         eval_set = SpeechDataset(read_manifest(data_args.eval_data_path), prompt, settings, args.model_max_length)

@@ -200,7 +200,7 @@ def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(-1.2, -0.05)
 
 
-def make_clip(index: int, seed: int, part: str, texts: tuple[list[str], list[str]], out: Path) -> dict:
+def make_clip(index: int, seed: int, part: str, texts: tuple[list[str], list[str]], defined: float, out: Path) -> dict:
     """Write clip `index` of `texts` (examples, definitions) and return its manifest line."""
     examples, definitions = texts
     rng = np.random.default_rng([seed, part == "dev", index])
@@ -214,7 +214,7 @@ def make_clip(index: int, seed: int, part: str, texts: tuple[list[str], list[str
             if source < 0.25:
                 text = made_up(rng)
             else:
-                sentences = definitions if source < 0.45 else examples
+                sentences = definitions if source < 0.25 + defined else examples
                 text = sentences[rng.integers(len(sentences))]
             audio = synthesize(speakable(text), who, folder)
             if seconds + len(audio) / RATE > LONGEST - 1 or not len(audio):
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=20.0, help="of training speech")
     parser.add_argument("--out", type=Path, default=Path("demo/speech"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--definitions", type=float, default=0.2, help="their share; 0.25 are made up, examples the rest")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     missing = [program for program in ("flite", "espeak-ng") if not shutil.which(program)]
@@ -269,7 +270,7 @@ def main() -> None:
             manifest = args.out / f"{part}.jsonl"
             lines = made(manifest)
             amount = len(lines) if part == "dev" else sum(line["duration"] for line in lines)
-            clip = partial(make_clip, seed=args.seed, part=part, texts=texts[part], out=args.out)
+            clip = partial(make_clip, seed=args.seed, part=part, texts=texts[part], defined=args.definitions, out=args.out)
             first = int(lines[-1]["key"].rpartition("-")[2]) + 1 if lines else 0
             manifest.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             with manifest.open("a", encoding="utf-8") as file:

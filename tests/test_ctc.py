@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import audio, batch_of, build_system, byte_tokenizer
+from conftest import audio, batch_of, build_system, byte_tokenizer, write_manifest
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
-from ctc import CTCHead, CTCPrefixScore, ctc_loss, greedy_path
-from dataset import SpeechCollator, Spelling, load_tokenizer
+from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path, heard_as
+from dataset import SpeechCollator, SpeechDataset, Spelling, TextLines, load_tokenizer, read_manifest
 from model import IGNORE_INDEX, SPEECH_INDEX, InputError
 from recognize import DecodeArguments, Transcriber
 
@@ -136,6 +136,38 @@ def test_ctc_loss_is_minus_log_of_all_paths():
     assert ctc_loss(log_probs, length, labels, IGNORE_INDEX).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("said", "path", "places"),
+    [
+        ("abc", "abc", [[0], [1], [2]]),
+        ("abc", "ac", [[0], [], [1]]),
+        ("abc", "axc", [[0], [1], [2]]),
+        ("abc", "abxyc", [[0], [1, 2, 3], [4]]),
+        ("abc", "xabc", [[1], [2], [3]]),  # what stands before the first token belongs to none
+        ("ab", "", [[], []]),
+        ("", "a", []),
+    ],
+)
+def test_where_a_token_was_heard(said, path, places):
+    assert [list(span) for span in heard_as([*map(ord, said)], [*map(ord, path)])] == places
+
+
+def test_text_is_spoken_with_borrowed_soft_tokens():
+    """Said 0 1 3, heard 0 2 3; said 2, heard nothing: so 1 is heard as that 2, 2 as nothing, 4 as its own embedding."""
+    soft = torch.arange(12.0).view(2, 3, 2)
+    own = -torch.arange(10.0).view(5, 2)
+    vectors, count = borrow(soft, [[0, 2, 3], []], [[0, 1, 3], [2]], [[1, 0, 2, 4], [2], []], own)
+    assert count.tolist() == [3, 0, 0]
+    assert torch.equal(vectors[0], torch.stack([soft[0, 1], soft[0, 0], own[4]]))
+    assert vectors.shape == (3, 3, 2)
+
+
+def test_each_hearing_of_a_token_is_borrowed_in_turn():
+    soft = torch.tensor([[[1.0], [2.0]]])
+    vectors, _ = borrow(soft, [[0, 0]], [[0, 0]], [[0] * 50], torch.zeros(1, 1))
+    assert set(vectors.flatten().tolist()) == {1.0, 2.0}
+
+
 def merged(*rules):
     """A byte-level tokenizer with these merges."""
     tokenizer = byte_tokenizer()
@@ -256,6 +288,71 @@ def test_llm_phase_teaches_everything_that_is_trained(tokens, batch):
     still = [name for name, p in tokens.model.trainable().items() if not p.grad.abs().max() > 0]
     assert not still
     assert all(p.grad is None for p in tokens.model.llm.parameters())
+
+
+def test_texts_teach_the_llm_alone(tokens, batch):
+    """Their loss joins that of the clips, whose own is as without them; no gradient of theirs reaches the projector."""
+    model, texts = tokens.model, batch_of(tokens, [audio(1.0)] * 2, ["two", "no one"])
+    rows = {name: [*batch[name], *texts[name]] for name in ("input_ids", "attention_mask", "labels", "ctc_labels")}
+    fill = {"labels": IGNORE_INDEX, "ctc_labels": IGNORE_INDEX}
+    joined = {name: torch.nn.utils.rnn.pad_sequence(r, True, fill.get(name, 0)) for name, r in rows.items()}
+    both = {name: batch[name] for name in ("mel", "mel_length")} | joined
+
+    def losses_and_gradients(batch):
+        model.zero_grad()
+        out = model(**batch, num_items_in_batch=5)
+        out["loss"].backward()
+        return out, {name: p.grad.clone() for name, p in model.trainable().items()}
+
+    model.ctc_weight = 0.4
+    without, gradients = losses_and_gradients(batch)
+    out, with_texts = losses_and_gradients(both)
+    supervised = texts["labels"][texts["labels"] != IGNORE_INDEX]
+    added = cross_entropy(out["logits"][-len(supervised) :], supervised, reduction="sum") / 5
+    assert out["loss"].item() == pytest.approx((without["loss"] + added).item(), rel=1e-4)
+    for name, gradient in with_texts.items():
+        same = torch.allclose(gradient, gradients[name], atol=1e-6)
+        assert same == (name != "soft_prompt.weight"), name
+
+
+def test_texts_join_a_batch_by_their_share(tokens, tiny, tmp_path):
+    """Anew in each epoch, the same when asked again; lines that cannot be used are passed over."""
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\nno way\n" + "two " * 400 + "\ntwo\n", encoding="utf-8")  # "a", "y": unknown to the CTC
+    lines = TextLines(file)
+    assert [line[:8] for line in lines] == ["one", "no way", "two two ", "two"]
+    clips = [{"wav": str(tiny.root / clip["wav"]), "txt": "one"} for clip in tiny.clips]
+    manifest = read_manifest(write_manifest(tmp_path / "train.jsonl", clips))
+    data = SpeechDataset(manifest, tokens.prompt, tokens.settings, 512, texts=lines, text_share=0.75)
+
+    def drawn():
+        return [tokens.prompt.tokenizer.decode(t["labels"][t["labels"] >= 0][:-1]) for e in data for t in e["texts"]]
+
+    first = drawn()
+    assert len(first) == 3 * len(data)
+    assert set(first) == {" one", " two"}
+    assert drawn() == first
+    data.set_epoch(1)
+    assert drawn() != first
+    batch = SpeechCollator()([data[0], data[1]])
+    assert len(batch["mel_length"]) == 2
+    assert {len(batch[name]) for name in ("input_ids", "labels", "attention_mask", "ctc_labels")} == {8}
+    assert tokens.model(**batch)["loss"] > 0
+    file.write_text("way\n", encoding="utf-8")
+    hopeless = SpeechDataset(manifest, tokens.prompt, tokens.settings, 512, texts=TextLines(file))
+    with pytest.raises(InputError, match="of 1000 lines of --text_data_path none can be used"):
+        hopeless[0]
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="cannot read the texts"):
+        TextLines(tmp_path / "missing.txt")
+    (tmp_path / "a.txt").write_bytes(b"one\ntw\xff\n")
+    with pytest.raises(InputError, match=r"a.txt:2: byte 3 is not UTF-8"):
+        TextLines(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_bytes(b"\n \n")
+    with pytest.raises(InputError, match=r"b.txt: no line in it"):
+        TextLines(tmp_path / "b.txt")
 
 
 def test_soft_tokens_stand_where_the_marker_was(tokens, batch):

@@ -49,7 +49,7 @@ def test_length_rule_is_what_the_modules_yield(tiny, samples, stride):
     encoder = SpeechEncoder.from_pretrained(str(tiny.whisper), torch.float32)
     lengths = speech_lengths(samples, stride)
     encoded = encoder(mel, torch.tensor([mel.shape[-1]]))
-    projected = Conv1dProjector(16, 32, stride)(encoded)
+    projected = Conv1dProjector(16, 32, stride)(encoded, torch.tensor([lengths.speech]))
     assert (mel.shape[-1], encoded.shape[1], projected.shape[1]) == tuple(lengths)
 
 
@@ -272,9 +272,23 @@ def test_the_projector_is_a_convolution(stride, kernel, frames):
     padded = torch.nn.functional.pad(x.transpose(1, 2), ((kernel - stride) // 2, -(-(kernel - stride) // 2)))
     conv = projector.conv(padded).relu().transpose(1, 2)
     expected = projector.norm(projector.linear2(projector.linear1(conv).relu()))
-    out = projector(x)
+    out = projector(x, torch.full((2,), frames // stride))
     assert out.shape == (2, frames // stride, 8)
     torch.testing.assert_close(out, expected)
+
+
+def test_projector_blocks_do_not_see_the_padding():
+    """Each block's filter reaches four vectors to both sides: past a clip's end it must find nothing."""
+    torch.manual_seed(0)
+    projector = Conv1dProjector(6, 8, 2, 8, blocks=2, hidden=16)
+    x = torch.randn(1, 20, 6)
+    alone = projector(x, torch.tensor([10]))
+    padded = projector(torch.cat([x, torch.zeros(1, 30, 6)], 1), torch.tensor([10]))
+    torch.testing.assert_close(padded[:, :10], alone)
+    moved = x.clone()
+    moved[0, 19] += 1
+    far = (projector(moved, torch.tensor([10])) != alone).any(-1)[0]
+    assert far.tolist() == [True] * 10  # two blocks and the kernel: nine vectors away and more
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -340,7 +354,7 @@ def test_30s_padding_gives_the_published_300_vectors(tiny):
 
 def test_projector_speaks_as_loud_as_the_embedding_table(system):
     table = system.model.llm.get_input_embeddings().weight
-    out = system.model.projector(torch.randn(2, 50, 16))
+    out = system.model.projector(torch.randn(2, 50, 16), torch.full((2,), 10))
     torch.testing.assert_close(out.square().mean().sqrt(), table.square().mean().sqrt(), rtol=0.05, atol=0)
 
 
