@@ -11,42 +11,28 @@ reading the file's header. Raises InputError, naming file and line, for whatever
 import json
 import math
 import os
-import re
-import shutil
-import subprocess
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 import torch.nn.functional as F
-import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from whisper.audio import N_FFT, N_SAMPLES, SAMPLE_RATE
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
-from model import IGNORE_INDEX, REMEDY, SPEECH_INDEX, InputError, cannot_load, speech_lengths
+from audio import UNCHANGED, Augmentation, check_file, count_samples, load_audio, log_mel, speech_vectors
+from prompt import Prompt
+from settings import IGNORE_INDEX, InputError
 
-BLOCK = 4096  # frames read at a time from a corrupt file
 GRID = 64  # encoder frames: on a CPU every new shape costs memory that is kept (oneDNN's kernels), so there are few
-UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
-OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
-SLOT = "{speech}"
-DEFAULT_PROMPT = {
-    "frames": f"Speech: {SLOT}\nWrite down the words that were spoken.",
-    "tokens": f"Here are the words:{SLOT}\nWrite down the exact words that were spoken above.",
-}
 
 
 class Record(NamedTuple):
@@ -160,296 +146,6 @@ class TextLines(Sequence):
             return file.readline().decode("utf-8-sig").strip()
 
 
-def check_file(path: Path) -> None:
-    """Raise InputError unless `path` is a file with something in it."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: {'is a directory' if os.path.isdir(path) else 'no such file'}")
-    if not path.stat().st_size:
-        raise InputError(f"{path}: is empty (0 bytes)")
-
-
-def truncation(libsndfile_log: str) -> str:
-    """What libsndfile's log says of a header that promises more than there is; a streamed wav's open-ended size is fine."""
-    promised = re.search(r"data : (\d+) \(should be", libsndfile_log)
-    truncated = promised and int(promised[1]) < OPEN_ENDED_BYTES
-    return "truncated: its header promises more than the file holds" if truncated else ""
-
-
-def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
-    """Read any audio file as float32 mono at 16 kHz (samples,), and what is wrong with it ("" if nothing).
-
-    A truncated or corrupt file yields what stands before the damage. wav, flac, ogg, opus and mp3 are read by
-    libsndfile, the rest by the `ffmpeg` program where it is installed. Raises InputError when nothing can be read, or
-    when samples are NaN or infinite.
-    """
-    path = Path(path)
-    check_file(path)
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, problem = file.samplerate, truncation(file.extra_info)
-            if file.frames < UNKNOWN_FRAMES:
-                try:
-                    audio = file.read(dtype="float32", always_2d=True).mean(1)
-                except soundfile.LibsndfileError as error:
-                    audio = _in_blocks(path)
-                    problem = f"corrupt after {len(audio) / rate:.2f} s ({error.error_string})"
-            else:
-                audio = _in_blocks(path)
-    except soundfile.LibsndfileError as error:
-        rate, (audio, problem) = SAMPLE_RATE, _ffmpeg(path, error.error_string)
-    if problem and not len(audio):
-        raise InputError(f"{path}: {problem}")
-    if not np.isfinite(audio).all():
-        raise InputError(f"{path}: has NaN or infinite samples")
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE)
-    return audio, problem
-
-
-def _in_blocks(path: Path) -> np.ndarray:
-    """A file whose length is unknown, or that is corrupt: soundfile seeks between blocks, which would garble mp3."""
-    blocks, done, size = [np.zeros(0, np.float32)], 0, BLOCK
-    while size:
-        with soundfile.SoundFile(path) as file, suppress(soundfile.LibsndfileError):
-            file.seek(done)
-            while len(block := file.read(size, dtype="float32", always_2d=True).mean(1)):
-                blocks.append(block)
-                done += len(block)
-        size //= 2  # the end or the damage lies within the next block: come closer
-    return np.concatenate(blocks)
-
-
-def _ffmpeg(path: Path, why: str) -> tuple[np.ndarray, str]:
-    if not shutil.which("ffmpeg"):
-        raise InputError(f"{path}: not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more")
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{path.resolve()}"]
-    command += ["-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
-    done = subprocess.run(command, capture_output=True)
-    if not done.stdout:
-        raise InputError(f"{path}: not audio that libsndfile or ffmpeg reads ({why})")
-    complaint = done.stderr.decode("utf-8", "replace").strip().splitlines() if done.returncode else []
-    return np.frombuffer(done.stdout, np.float32).copy(), f"corrupt ({complaint[0]})" if complaint else ""
-
-
-def count_samples(path: Path) -> int:
-    """Samples at 16 kHz by the file's header alone where it says; raises InputError for a file that is not whole."""
-    try:
-        with soundfile.SoundFile(path) as file:
-            frames, rate, problem = file.frames, file.samplerate, truncation(file.extra_info)
-        if frames < UNKNOWN_FRAMES and not problem:
-            return math.ceil(frames * SAMPLE_RATE / rate)
-    except soundfile.LibsndfileError:
-        pass
-    audio, problem = load_audio(path)
-    if problem:
-        raise InputError(f"{path}: {problem}: mend the file or remove the line")
-    return len(audio)
-
-
-def speech_vectors(samples: int, settings: dict) -> int:
-    """How many projector vectors `samples` at 16 kHz yield under a checkpoint's settings; 0 when they are too few."""
-    if samples <= N_FFT // 2:  # the spectrogram reflects half a window at each end
-        return 0
-    padded = N_SAMPLES if settings["encoder_padding"] == "30s" else samples
-    return speech_lengths(padded, settings["projector_stride"]).speech
-
-
-def log_mel(audio: np.ndarray, n_mels: int, encoder_padding: str = "none") -> Tensor:
-    """audio (samples,) at 16 kHz → Whisper's log-mel (n_mels, frames), of this clip alone."""
-    if encoder_padding == "30s":
-        audio = whisper.pad_or_trim(audio)
-    return whisper.log_mel_spectrogram(torch.from_numpy(np.ascontiguousarray(audio, np.float32)), n_mels)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise cannot_load("tokenizer of the LLM", "--llm_model_name_or_path", name, error) from None
-
-
-@dataclass(frozen=True)
-class PromptText:
-    """The rendered prompt, as the checkpoint keeps it: text before and after the speech, and the end-of-turn token."""
-
-    before: str
-    after: str
-    end_of_turn: str
-
-
-class Spelling:
-    """The LLM's tokens in those of the CTC, which are some of the LLM's: any other is split into the two that it was
-    merged from, and those in turn, down to single bytes. So few CTC tokens, all well trained, spell every word."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> None:
-        """tokens: ids of the LLM; the place in the list is the CTC's class."""
-        self.tokenizer = tokenizer
-        self.tokens, self.classes = list(tokens), {id: i for i, id in enumerate(tokens)}
-        self.parents = {merged: pair for merged, *pair in merges(tokenizer)}
-        self.known: dict[int, list[int]] = {}
-
-    @classmethod
-    def choose(cls, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most_merges: int) -> "Spelling":
-        """The tokens that spell `texts` with the tokenizer's first `most_merges` merges, and all smaller parts of them."""
-        rules, ids = merges(tokenizer), set(tokenizer.get_vocab().values())
-        early = {merged for merged, *_ in rules[:most_merges]}
-        atoms = ids - {merged for merged, *_ in rules}
-        by_merges, by_atoms = cls(tokenizer, sorted(atoms | early)), cls(tokenizer, sorted(atoms))
-        used = {by_merges.tokens[c] for text in texts for c in by_merges(answer_ids(tokenizer, text, spoken=True))}
-        used |= {by_atoms.tokens[c] for id in used for c in by_atoms.of_token(id)}
-        return cls(tokenizer, sorted(used))
-
-    def of_token(self, id: int) -> list[int]:
-        """Classes of one token of the LLM; [] for what the CTC cannot spell."""
-        if id not in self.known:
-            if id in self.classes:
-                self.known[id] = [self.classes[id]]
-            else:
-                self.known[id] = [c for part in self.parents.get(id, ()) for c in self.of_token(part)]
-        return self.known[id]
-
-    def __call__(self, ids: Sequence[int]) -> list[int]:
-        return [c for id in ids for c in self.of_token(id)]
-
-    def whole(self, ids: Sequence[int]) -> bool:
-        """Whether the CTC can spell these tokens without leaving out a character."""
-        name = self.tokenizer.convert_ids_to_tokens
-        return all("".join(name([self.tokens[c] for c in self.of_token(id)])) == name(id) for id in ids)
-
-    def table(self, vocabulary: int, longest: int = 16) -> Tensor:
-        """(vocabulary, longest): the classes of every token of the LLM, padded with −1; −1 only where they are more (rows
-        of dashes) or do not spell the whole token (an umlaut, after English)."""
-        table = torch.full((vocabulary, longest), -1)
-        for id in range(vocabulary):
-            spelled = self.of_token(id)
-            if len(spelled) <= longest and self.whole([id]):
-                table[id, : len(spelled)] = torch.tensor(spelled, dtype=torch.long)
-        return table
-
-
-def merges(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int, int]]:
-    """(merged, left, right) ids of a BPE tokenizer's merges, first learned first. Raises InputError for another kind."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model["type"] != "BPE":
-        raise InputError(f"--splice tokens needs an LLM with a BPE tokenizer, {tokenizer.name_or_path} has {model['type']}")
-    ids, rules, seen = model["vocab"], [], set()
-    for pair in model["merges"]:
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
-        merged = ids.get(left + right)
-        if merged is not None and merged not in seen:  # the first rule that makes a token is how it is split
-            seen.add(merged)
-            rules.append((merged, ids[left], ids[right]))
-    return rules
-
-
-def answer_ids(tokenizer: PreTrainedTokenizerBase, txt: str, spoken: bool) -> list[int]:
-    """Ids of a transcript; a special token written in it stays text. `spoken`: as within a text, after a space, so that
-    the first word has the token it has anywhere (what a CTC hears has no beginning of a turn)."""
-    if spoken:
-        txt = f" {txt.strip()}" if txt.strip() else ""
-    return tokenizer(txt, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-class Prompt:
-    """Grows ids and labels together: prompt (not supervised), answer and end-of-turn token (supervised).
-
-    `word_ids` are the LLM's ids of the prompt's words, `ids` what goes into a batch: those ids, or the rows of a soft
-    prompt (SPEECH_INDEX − 1 − row), around the speech marker. `spelling` is None unless the splice is by CTC.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: PromptText, settings: dict) -> None:
-        self.tokenizer, self.text = tokenizer, text
-        before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in (text.before, text.after))
-        self.word_ids = [*before, *after]
-        words = [SPEECH_INDEX - 1 - row for row in range(len(self.word_ids))] if settings["soft_prompt"] else self.word_ids
-        self.ids = [*words[: len(before)], SPEECH_INDEX, *words[len(before) :]]
-        self.end_of_turn: int = tokenizer.convert_tokens_to_ids(text.end_of_turn)
-        self.spelling = Spelling(tokenizer, settings["ctc_tokens"]) if settings["splice"] == "tokens" else None
-
-    @classmethod
-    def build(cls, tokenizer: PreTrainedTokenizerBase, words: str | None, settings: dict) -> "Prompt":
-        """The prompt of `settings` (a checkpoint's), else that of `words`; what was built is put into `settings`.
-
-        Raises InputError when `words` were given and the checkpoint was trained with others.
-        """
-        stored = settings.get("prompt")
-        text = (
-            render(tokenizer, words or DEFAULT_PROMPT[settings["splice"]]) if words or not stored else PromptText(**stored)
-        )
-        if stored and asdict(text) != stored:
-            raise InputError(f"--prompt is not what the checkpoint was trained with: {REMEDY}")
-        settings["prompt"] = asdict(text)
-        return cls(tokenizer, text, settings)
-
-    def example(self, txt: str) -> dict[str, list[int]]:
-        """input_ids and labels of one training example, equally long; with a CTC also ctc_labels, its classes."""
-        answer = answer_ids(self.tokenizer, txt, spoken=self.spelling is not None)
-        supervised = [*answer, self.end_of_turn]
-        ids = {"input_ids": self.ids + supervised, "labels": [IGNORE_INDEX] * len(self.ids) + supervised}
-        return ids | ({"ctc_labels": self.spelling(answer)} if self.spelling else {})
-
-
-def render(tokenizer: PreTrainedTokenizerBase, words: str) -> PromptText:
-    """The user's `words` in the tokenizer's own chat template, split at {speech}.
-
-    A tokenizer without a template gets `USER: … \\nASSISTANT:` between its beginning- and end-of-text tokens.
-    Raises InputError unless `words` hold {speech} exactly once.
-    """
-    if words.count(SLOT) != 1:
-        raise InputError(f"--prompt must hold {SLOT} exactly once, where the speech stands: {words!r}")
-    user = [{"role": "user", "content": words}]
-    if tokenizer.chat_template:
-        options = {"tokenize": False, "enable_thinking": False}  # the latter for Qwen3, ignored by others
-        prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True, **options)
-        turn = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": "{answer}"}], **options)
-        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        rest = tokenizer(turn.partition("{answer}")[2], add_special_tokens=False).input_ids
-        end = next((id for id in rest if id in special), tokenizer.eos_token_id)
-    else:
-        prompt, end = f"{tokenizer.bos_token or ''}USER: {words}\nASSISTANT:", tokenizer.eos_token_id
-    if end is None:
-        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-turn or end-of-text token")
-    before, _, after = prompt.partition(SLOT)
-    return PromptText(before, after, tokenizer.convert_ids_to_tokens(end))
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What training does to a clip, anew in each epoch."""
-
-    speed: bool = False  # 0.9, 1 or 1.1 times as fast (Ko et al. 2015), where it lasts 1 to 30 s
-    noise_snr: float | None = None  # white noise, so many dB below the speech
-    spectrum: bool = False  # SpecAugment (Park et al. 2019): two bands of at most 27 of 80 bins, two spans of 5 %;
-    # where the encoder has run before, spans of its output instead
-
-    def waveform(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """audio (samples,) → (about as many samples,), at most 30 s."""
-        factor = rng.choice([0.9, 1.0, 1.1]) if self.speed else 1.0
-        if factor != 1 and SAMPLE_RATE < len(audio) / factor < N_SAMPLES:
-            audio = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
-        if self.noise_snr is not None:
-            loudness = np.sqrt(np.mean(np.square(audio)) / 10 ** (self.noise_snr / 10))
-            audio = audio + loudness * rng.standard_normal(len(audio), dtype=np.float32)
-        return audio
-
-    def log_mel(self, mel: Tensor, rng: np.random.Generator) -> Tensor:
-        """mel (n_mels, F) → the same with bands and spans at its mean."""
-        mel, mean = mel.clone(), mel.mean()
-        for masked, widest in ((mel, 27 * len(mel) // 80), (mel.T, mel.shape[1] // 20)):
-            for width in rng.integers(widest + 1, size=2) if self.spectrum else ():
-                start = rng.integers(len(masked) - width + 1)
-                masked[start : start + width] = mean
-        return mel
-
-    def encoded(self, encoded: Tensor, rng: np.random.Generator) -> Tensor:
-        """The encoder's output (E, d) → the same with spans of at most 0.3 s at zero, one in two seconds."""
-        encoded = encoded.clone()
-        for width in rng.integers(15 + 1, size=len(encoded) // 100 + 1) if self.spectrum else ():
-            start = rng.integers(max(len(encoded) - width, 0) + 1)
-            encoded[start : start + width] = 0
-        return encoded
-
-
 class SpeechDataset(torch.utils.data.Dataset):
     """Training examples of a manifest: input_ids (T,), labels (T,), mel (n_mels, F) or encoded (E, d).
 
@@ -463,7 +159,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         prompt: Prompt,
         settings: dict,
         max_length: int,
-        augmentation: Augmentation = Augmentation(),
+        augmentation: Augmentation = UNCHANGED,
         seed: int = 0,
         texts: Sequence[str] = (),
         text_share: float = 0.5,

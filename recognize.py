@@ -26,29 +26,12 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
+from audio import load_audio, log_mel, speech_vectors
 from ctc import greedy_path
-from dataset import (
-    Manifest,
-    Prompt,
-    Record,
-    SpeechCollator,
-    load_audio,
-    load_tokenizer,
-    log_mel,
-    read_manifest,
-    speech_vectors,
-)
-from model import (
-    InputError,
-    ModelArguments,
-    SpeechLLM,
-    build_model,
-    first_line,
-    one_line_errors,
-    parse,
-    resolve_settings,
-    weights_file,
-)
+from dataset import Manifest, Record, SpeechCollator, read_manifest
+from model import SpeechLLM, build_model
+from prompt import Prompt, load_tokenizer
+from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings, weights_file
 
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each

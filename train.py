@@ -27,18 +27,11 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
-from dataset import Augmentation, Prompt, SpeechCollator, SpeechDataset, Spelling, TextLines, load_tokenizer, read_manifest
-from model import (
-    InputError,
-    ModelArguments,
-    SpeechLLM,
-    build_model,
-    first_line,
-    gathered,
-    one_line_errors,
-    parse,
-    resolve_settings,
-)
+from audio import Augmentation
+from dataset import SpeechCollator, SpeechDataset, TextLines, read_manifest
+from model import SpeechLLM, build_model, gathered
+from prompt import Prompt, Spelling, load_tokenizer
+from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings
 
 
 @dataclass

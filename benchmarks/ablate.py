@@ -1,32 +1,43 @@
-"""Which splice, and with what? Each row trains for the same minutes on the same machine: dev WER against time.
+"""Which splice, and with what? Every row trains for the same minutes on the same machine: dev WER against time.
 
-    python demo/make_speech.py --hours 18 --out demo/exp/speech
-    python benchmarks/ablate.py --train demo/exp/speech/train.jsonl --dev demo/exp/speech/dev.jsonl --minutes 10
+    apt-get install flite espeak-ng wordnet-base
+    python benchmarks/ablate.py
 
-prints a table; OUT/ablation.json has every measured point, OUT/ablation.png the curves. Measuring the WER does not count as
-time. --rows names some of the rows; rows that OUT/ablation.json has already are not run again.
+The speech is eight hours of demo/make_speech.py's and three of four of the demo's training prompts; dev is the fourth.
+A row has --align minutes of CTC alone, then --read minutes with the LLM; rows of the same align phase share it, one without
+it has all the minutes with the LLM, and rows named "ctc" end after the align phase. Measuring the WER does not count as
+time. Prints a table; OUT/*.json has every measured point, OUT/ablation.png the curves. Rows that are there already are not
+run again; started twice at the same time, the two programs share the rows out (a core each).
 """
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import Manifest, read_manifest
-from model import ModelArguments, SpeechLLM, one_line_errors, parse
+from audio import load_audio
+from dataset import read_manifest
+from model import SpeechLLM
 from recognize import DecodeArguments, Transcriber, recognize
 from score import normalizer, score
+from settings import ModelArguments, one_line_errors, parse
 from train import DataArguments, SpeechTrainer, TrainingArguments, build_trainer
 
-MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
-FRAMES, TOKENS = ["--splice", "frames"], ["--splice", "tokens"]
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "demo" / "models"
 
 
 def keep_blanks(model: SpeechLLM) -> None:
@@ -50,7 +61,7 @@ def acoustic_residual(model: SpeechLLM) -> None:
 
 
 def frames_after_ctc(model: SpeechLLM) -> None:
-    """The projector learns by CTC, then its own vectors stand in the prompt."""
+    """The projector has learned by CTC; now its own vectors stand in the prompt."""
     model.ctc.soft_tokens = lambda log_probs, length: (model.last_vectors, length)
     embed = model.embed_speech
 
@@ -61,100 +72,178 @@ def frames_after_ctc(model: SpeechLLM) -> None:
     model.embed_speech = remember
 
 
+def fixed_prompt(model: SpeechLLM) -> None:
+    """The prompt stays the words that it starts with."""
+    model.soft_prompt.requires_grad_(False)
+
+
+@dataclass
 class Row:
-    def __init__(self, flags: list[str], align: float = 0.0, change: Callable | None = None, decoder: str = "llm") -> None:
-        """`align`: the share of the minutes that is CTC alone."""
-        self.flags, self.align, self.change, self.decoder = flags, align, change, decoder
+    align: str | None = ""  # flags of the align phase; None: there is none
+    read: str | None = ""  # flags of the LLM phase; None: there is none
+    change: Callable[[SpeechLLM], None] = lambda model: None
+    decoder: str = "llm"
+    silence: float = 0.0  # seconds before each clip
 
 
-ALIGN = 0.6
 ROWS = {
-    "frames (published)": Row(FRAMES),
-    "frames, soft prompt": Row([*FRAMES, "--soft_prompt", "True"]),
-    "frames from an aligned projector": Row(TOKENS, ALIGN, frames_after_ctc),
-    "tokens, no LLM (ctc)": Row(TOKENS, 1.0, decoder="ctc"),
-    "tokens": Row(TOKENS, ALIGN),
-    "tokens, joint": Row(TOKENS, ALIGN, decoder="joint"),
-    "tokens, no align phase": Row(TOKENS),
-    "tokens, fixed prompt": Row([*TOKENS, "--soft_prompt", "False"], ALIGN),
-    "tokens, blanks kept": Row(TOKENS, ALIGN, keep_blanks),
-    "tokens, acoustic residual": Row(TOKENS, ALIGN, acoustic_residual),
-    "tokens, CTC weight 0": Row([*TOKENS, "--ctc_weight", "0"], ALIGN),
-    "tokens, CTC weight 1": Row([*TOKENS, "--ctc_weight", "1"], ALIGN),
-    "tokens, LoRA 8": Row([*TOKENS, "--lora_r", "8"], ALIGN),
-    "tokens, LoRA 16": Row([*TOKENS, "--lora_r", "16"], ALIGN),
-    **{
-        f"ctc, stride {stride}, kernel {kernel}, {merges} merges": Row(
-            [*TOKENS, "--projector_stride", str(stride), "--projector_kernel", str(kernel), "--ctc_merges", str(merges)],
-            1.0,
-            decoder="ctc",
-        )
-        for stride, kernel, merges in (
-            *((2, 8, 500), (3, 8, 500), (4, 8, 500), (5, 8, 500), (2, 2, 500), (2, 16, 500)),
-            *((2, 8, 0), (2, 8, 2000), (2, 8, 8000), (5, 5, 100000)),
-        )
-    },
+    "frames (published)": Row(None, "--splice frames --learning_rate 1e-3"),
+    "frames, soft prompt": Row(None, "--splice frames --soft_prompt True --learning_rate 1e-3"),
+    "tokens": Row(),
+    "tokens, joint": Row(decoder="joint"),
+    "tokens, no align phase": Row(None, "--splice tokens --learning_rate 1e-3"),
+    "frames from the aligned projector": Row(change=frames_after_ctc),
+    "tokens, fixed prompt": Row(change=fixed_prompt),
+    "tokens, blanks kept": Row(change=keep_blanks),
+    "tokens, acoustic residual": Row(change=acoustic_residual),
+    "tokens, CTC weight 0": Row(read="--ctc_weight 0"),
+    "tokens, CTC weight 1": Row(read="--ctc_weight 1"),
+    "tokens, LoRA 8": Row(read="--lora_r 8"),
+    "tokens, LoRA 16": Row(read="--lora_r 16"),
+    "tokens, LoRA 8, joint": Row(read="--lora_r 8", decoder="joint"),
+    "tokens, LoRA 8, half text": Row(read="--lora_r 8 --text_data_path {texts}"),
+    "ctc": Row(read=None),
+    "ctc, blocks 0": Row("--projector_blocks 0", None),
+    "ctc, blocks 4": Row("--projector_blocks 4", None),
+    "ctc, stride 3": Row("--projector_stride 3 --projector_kernel 9", None),
+    "ctc, stride 4": Row("--projector_stride 4 --projector_kernel 8", None),
+    "ctc, stride 5": Row("--projector_stride 5 --projector_kernel 9", None),
+    "ctc, kernel 2": Row("--projector_kernel 2", None),
+    "ctc, kernel 16": Row("--projector_kernel 16", None),
+    "ctc, single letters": Row("--ctc_merges 0", None),
+    "ctc, 2000 merges": Row("--ctc_merges 2000", None),
+    "ctc, all the LLM's tokens": Row("--ctc_merges 100000", None),
+    "ctc, SpecAugment": Row("--spec_augment", None),
+    "ctc, dropout 0.15": Row("--projector_dropout 0.15", None),
+    "ctc, 0.4 s of silence first": Row("", None, silence=0.4),
 }
 
 
 class Clock(TrainerCallback):
-    """Stops after the minutes; measures dev WER on the way; ends the align phase when its share is over."""
+    """Trains for some minutes, the learning rate falling to zero in them, and measures dev WER on the way."""
 
-    def __init__(self, trainer: SpeechTrainer, row: Row, dev: Manifest, minutes: float, every: float) -> None:
-        self.trainer, self.row, self.dev, self.minutes, self.every = trainer, row, list(dev), minutes, every
+    def __init__(self, trainer: SpeechTrainer, row: Row, dev: Path, minutes: float, measurements: int) -> None:
+        self.trainer, self.row, self.dev, self.minutes = trainer, row, list(read_manifest(dev)), minutes
+        self.marks = [minutes * (i + 1) / measurements for i in range(measurements)]
         self.points: list[dict] = []
         self.spent, self.since = 0.0, time.monotonic()
 
+    def on_step_begin(self, args, state, control, optimizer, **_) -> None:
+        left = 1 - min(self.minutes_spent() / self.minutes, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min(left, (state.global_step + 1) / 50)
+
     def on_step_end(self, args, state, control, **_) -> None:
-        spent = self.spent + time.monotonic() - self.since
-        if spent >= self.row.align * self.minutes * 60:
-            args.align_steps = min(args.align_steps, state.global_step)
-        if spent >= self.every * 60 * (len(self.points) + 1) or spent >= self.minutes * 60:
-            self.measure(spent, state.global_step)
+        spent = self.minutes_spent()
+        if spent >= self.marks[len(self.points)]:
+            self.points.append(self.measure() | {"minutes": round(spent, 2), "steps": state.global_step})
+            print(json.dumps(self.points[-1]), flush=True)
             self.spent, self.since = spent, time.monotonic()
-        control.should_training_stop = spent >= self.minutes * 60
+        control.should_training_stop = len(self.points) == len(self.marks)
 
-    def measure(self, spent: float, step: int) -> None:
+    def minutes_spent(self) -> float:
+        return self.spent + (time.monotonic() - self.since) / 60
+
+    def measure(self) -> dict:
         model, dataset = self.trainer.model, self.trainer.train_dataset
-        aligning = step <= self.trainer.args.align_steps and self.row.align > 0
-        options = DecodeArguments(decoder="ctc" if aligning else self.row.decoder, num_beams=1)
+        read, splice = [], model.splice
+
+        def counting(ids: Tensor, mask: Tensor, speech: Tensor, length: Tensor, **options) -> tuple[Tensor, ...]:
+            read.append(int(length.sum()))
+            return splice(ids, mask, speech, length, **options)
+
         model.eval()
-        outcomes = recognize(Transcriber(model, dataset.prompt, options), self.dev, 16)
+        model.splice = counting
+        decoder = "ctc" if self.trainer.args.align_steps else self.row.decoder
+        outcomes = recognize(Transcriber(model, dataset.prompt, DecodeArguments(decoder=decoder, num_beams=1)), self.dev, 16)
+        model.splice = splice
         model.train()
-        result = score(
-            {record.key: record.txt for record in self.dev}, {o.key: o.text for o in outcomes}, normalizer("english")
-        )
-        point = {"minutes": round(spent / 60, 2), "steps": step, "decoder": options.decoder, "wer": result.words.rate}
-        self.points.append(point)
-        print(json.dumps(point), flush=True)
+        spoken, written = {r.key: r.txt for r in self.dev}, {o.key: o.text for o in outcomes}
+        rate = sum(read) / sum(outcome.seconds for outcome in outcomes)
+        return {"wer": score(spoken, written, normalizer("english")).words.rate, "vectors_per_second": round(rate, 2)}
 
 
-def run(name: str, args: argparse.Namespace) -> list[dict]:
-    row = ROWS[name]
-    flags = [
-        *("--llm_model_name_or_path", str(MODELS / "SmolLM2-135M-Instruct")),
-        *("--whisper_model_name_or_path", str(MODELS / "whisper-tiny.en.pt"), "--data_path", args.train),
-        *("--output_dir", str(Path(args.out, "scratch")), "--overwrite_output_dir", "--max_steps", "1000000"),
-        *("--align_steps", "1000000" if row.align else "0", "--lr_scheduler_type", "constant_with_warmup"),
-        *("--warmup_steps", "50", "--learning_rate", "1e-3", "--per_device_train_batch_size", "16"),
-        *("--bf16", str(args.bf16), "--cache_dir", str(Path(args.out, "cache")), "--group_by_length", *row.flags),
-        *("--save_strategy", "no", "--report_to", "none", "--logging_steps", "50", "--disable_tqdm", "True"),
+def prepare(out: Path, hours: float, silence: float) -> None:
+    """OUT/silence-N/{train,dev}.jsonl and OUT/texts.txt, the definitions of WordNet, unless they are there."""
+    folder = out / f"silence-{silence}"
+    if (folder / "dev.jsonl").exists():
+        return
+    make_speech = [sys.executable, ROOT / "demo" / "make_speech.py", "--hours", str(hours), "--out", out / "speech"]
+    subprocess.run(make_speech, check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts, synthetic = read_manifest(ROOT / "demo/data/train.jsonl"), read_manifest(out / "speech/train.jsonl")
+    sets = {"train": [*synthetic, *(r for i, r in enumerate(prompts) if i % 4 != 3)], "dev": list(prompts)[3::4]}
+    for name, records in sets.items():
+        lines = []
+        for record in records:
+            wav = record.wav.resolve()
+            if silence:
+                clip, wav = load_audio(wav)[0], folder.resolve() / f"{record.key}.wav"
+                soundfile.write(wav, np.pad(clip, (int(silence * 16000), 0)), 16000)
+            lines.append(json.dumps({"key": record.key, "wav": str(wav), "txt": record.txt}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    sys.path.insert(0, str(ROOT / "demo"))
+    import make_speech as texts
+
+    _, definitions = texts.wordnet_sentences()
+    (out / "texts.txt").write_text("".join(f"{texts.words_of(t)}\n" for t in definitions), encoding="utf-8")
+
+
+def phase(row: Row, flags: str, minutes: float, measurements: int, change: Callable, args: argparse.Namespace) -> list[dict]:
+    """One training of so many minutes, left in args.out/scratch; its measured points."""
+    data = args.out / f"silence-{row.silence}"
+    words = [
+        *("--llm_model_name_or_path", MODELS / "SmolLM2-135M-Instruct", "--data_path", data / "train.jsonl"),
+        *("--whisper_model_name_or_path", MODELS / "whisper-tiny.en.pt", "--cache_dir", args.out / "cache"),
+        *("--output_dir", args.scratch, "--overwrite_output_dir", "--max_steps", "1000000", "--bf16", args.bf16),
+        *("--per_device_train_batch_size", "16", "--group_by_length", "--save_strategy", "no", "--report_to", "none"),
+        *("--disable_tqdm", "True", "--logging_steps", "100", *flags.format(texts=args.out / "texts.txt").split()),
     ]
-    trainer, _ = build_trainer(*parse((ModelArguments, DataArguments, TrainingArguments), flags))
-    if row.change:
-        row.change(trainer.model)
-    clock = Clock(trainer, row, read_manifest(args.dev), args.minutes, args.every)
+    torch.manual_seed(0)
+    trainer, _ = build_trainer(*parse((ModelArguments, DataArguments, TrainingArguments), [str(word) for word in words]))
+    change(trainer.model)
+    clock = Clock(trainer, row, data / "dev.jsonl", minutes, measurements)
     trainer.add_callback(clock)
     trainer.train()
+    trainer.save_model()
     return clock.points
 
 
+def run(row: Row, args: argparse.Namespace) -> list[dict]:
+    with FileLock(args.out / "prepare.lock"):
+        prepare(args.out, args.hours, row.silence)
+    if row.align is None:
+        return phase(row, row.read, args.align + args.read, 4, row.change, args)
+    aligned = args.out / "aligned" / re.sub(r"\W+", "_", f"{row.align} {row.silence}")
+    with FileLock(f"{args.out / aligned.name}.lock"):
+        if not (aligned / "points.json").exists():
+            flags = f"--splice tokens --align_steps 1000000 --learning_rate 2e-3 {row.align}"
+            points = phase(row, flags, args.align, 5, lambda model: None, args)
+            aligned.parent.mkdir(exist_ok=True)
+            args.scratch.rename(aligned)
+            (aligned / "points.json").write_text(json.dumps(points))
+    points = json.loads((aligned / "points.json").read_text())
+    if row.read is None:
+        return points
+    done = points[-1]
+    read = phase(row, f"--checkpoint {aligned} --learning_rate 5e-4 {row.read}", args.read, 2, row.change, args)
+    return points + [p | {"minutes": p["minutes"] + done["minutes"], "steps": p["steps"] + done["steps"]} for p in read]
+
+
 def table(results: dict[str, list[dict]]) -> str:
-    lines = ["| row | steps | dev WER | best | minutes until < 50 % |", "|---|---|---|---|---|"]
+    lines = ["| row | minutes | steps | dev WER | under 50 % after | vectors a second |", "|---|---|---|---|---|---|"]
     for name, points in results.items():
-        under = next((f"{p['minutes']} ({p['steps']} steps)" for p in points if p["wer"] < 0.5), "–")
-        best, last = min(p["wer"] for p in points), points[-1]
-        lines.append(f"| {name} | {last['steps']} | {last['wer']:.1%} | {best:.1%} | {under} |")
+        under = next((f"{p['minutes']:.1f} min, {p['steps']} steps" for p in points if p["wer"] < 0.5), "–")
+        last = points[-1]
+        cells = (
+            name,
+            f"{last['minutes']:.1f}",
+            last["steps"],
+            f"{last['wer']:.1%}",
+            under,
+            last["vectors_per_second"] or "–",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -164,34 +253,44 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     for name, points in results.items():
-        axes.plot([p["minutes"] for p in points], [min(100 * p["wer"], 120) for p in points], marker="o", label=name)
-    axes.set(xlabel="minutes of training", ylabel="dev WER, %, cut at 120")
-    axes.legend(fontsize=6)
+        side = axes[name.startswith("ctc")]
+        side.plot([p["minutes"] for p in points], [min(100 * p["wer"], 120) for p in points], marker="o", label=name)
+    for side, title in zip(axes, ("with the LLM", "CTC alone"), strict=True):
+        side.set(xlabel="minutes of training", title=title)
+        side.legend(fontsize=6)
+    axes[0].set(ylabel="dev WER, %, cut at 120")
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="manifest")
-    parser.add_argument("--dev", required=True, help="manifest")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training for each row")
-    parser.add_argument("--every", type=float, default=2.0, help="minutes between two measurements")
-    parser.add_argument("--bf16", type=lambda word: word == "True", default=False)
+    parser.add_argument("--hours", type=float, default=8.0, help="of synthetic speech")
+    parser.add_argument("--align", type=float, default=5.0, help="minutes")
+    parser.add_argument("--read", type=float, default=5.0, help="minutes")
+    parser.add_argument("--threads", type=int, default=1, help="of each program")
+    parser.add_argument("--bf16", choices=("True", "False"), default="False")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--out", default="demo/exp/ablation")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo/exp/ablation")
     args = parser.parse_args()
-    store = Path(args.out, "ablation.json")
-    results = json.loads(store.read_text()) if store.exists() else {}
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.rows:
-        if name not in results:
-            print(f"== {name}", flush=True)
-            torch.manual_seed(0)
-            with one_line_errors():
-                results[name] = run(name, args)
-            store.write_text(json.dumps(results, indent=1))
-    plot(results, store.with_suffix(".png"))
+        store = args.out / f"{name}.json"
+        try:
+            with FileLock(args.out / f"{name}.lock", timeout=0):
+                if store.exists():
+                    continue
+                print(f"== {name}", flush=True)
+                args.scratch = args.out / f"{name}.scratch"
+                with one_line_errors():
+                    store.write_text(json.dumps(run(ROWS[name], args), indent=1))
+        except Timeout:
+            continue  # the other program has it
+    results = {name: json.loads(file.read_text()) for name in args.rows if (file := args.out / f"{name}.json").exists()}
+    plot(results, args.out / "ablation.png")
     print(table(results))
 
 

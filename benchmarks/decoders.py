@@ -15,10 +15,11 @@ from pathlib import Path
 import whisper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import Record, load_audio, read_manifest
-from model import ModelArguments, one_line_errors
+from audio import load_audio
+from dataset import Record, read_manifest
 from recognize import DecodeArguments, Transcriber, recognize, use_shipped
 from score import normalizer, score
+from settings import ModelArguments, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")

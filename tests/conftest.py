@@ -17,8 +17,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from whisper.model import ModelDimensions
 
-from dataset import Prompt, SpeechCollator, Spelling, load_tokenizer, log_mel
-from model import ModelArguments, build_model, resolve_settings
+from audio import log_mel
+from dataset import SpeechCollator
+from model import build_model
+from prompt import Prompt, Spelling, load_tokenizer
+from settings import ModelArguments, resolve_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "demo" / "models"

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path, heard_as
-from dataset import SpeechCollator, SpeechDataset, Spelling, TextLines, load_tokenizer, read_manifest
-from model import IGNORE_INDEX, SPEECH_INDEX, InputError
+from dataset import SpeechCollator, SpeechDataset, TextLines, read_manifest
+from prompt import Spelling, load_tokenizer
 from recognize import DecodeArguments, Transcriber
+from settings import IGNORE_INDEX, SPEECH_INDEX, InputError
 
 
 def collapse(path, blank):

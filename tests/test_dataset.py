@@ -9,8 +9,10 @@ import soundfile
 import torch
 from conftest import RATE, audio, build_system, byte_tokenizer, write_clip, write_manifest
 
-from dataset import PromptText, SpeechCollator, SpeechDataset, count_samples, load_audio, read_manifest, render
-from model import IGNORE_INDEX, SPEECH_INDEX, InputError
+from audio import count_samples, load_audio
+from dataset import SpeechCollator, SpeechDataset, read_manifest
+from prompt import PromptText, render
+from settings import IGNORE_INDEX, SPEECH_INDEX, InputError
 
 IM_START, IM_END = 257, 258
 

@@ -14,7 +14,7 @@ from conftest import DATA, ROOT, run_script
 from safetensors.torch import load_file
 
 import recognize
-from dataset import load_audio
+from audio import load_audio
 from score import normalizer, score
 
 sys.path.insert(0, str(ROOT / "demo"))

@@ -9,18 +9,9 @@ import whisper
 from conftest import audio, batch_of, build_system, run_script, save_tiny_llm, save_tiny_whisper
 from transformers import WhisperConfig, WhisperModel
 
-from dataset import log_mel
-from model import (
-    IGNORE_INDEX,
-    SPEECH_INDEX,
-    Conv1dProjector,
-    InputError,
-    ModelArguments,
-    SpeechEncoder,
-    build_model,
-    resolve_settings,
-    speech_lengths,
-)
+from audio import log_mel, speech_lengths
+from model import Conv1dProjector, SpeechEncoder, build_model
+from settings import IGNORE_INDEX, SPEECH_INDEX, InputError, ModelArguments, resolve_settings
 
 
 @pytest.mark.parametrize(

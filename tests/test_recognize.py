@@ -11,8 +11,8 @@ from conftest import RATE, audio, build_system, run_script, write_clip, write_ma
 from test_dataset import bad_audio
 
 import recognize
-from model import InputError, ModelArguments
 from recognize import DecodeArguments, Transcriber, cut_at_pauses
+from settings import InputError, ModelArguments
 
 
 @pytest.fixture(scope="module")

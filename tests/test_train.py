@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 import train
-from model import InputError
+from settings import InputError
 
 
 def arguments(tiny, output, *more, llm=None):
