@@ -483,13 +483,14 @@ class SpeechLLM(nn.Module):
 
 
 def add_lora(llm: nn.Module, r: int) -> nn.Module:
-    """Low-rank adapters (Hu et al. 2021) beside every linear layer but the output; they alone are trained of the LLM."""
+    """Low-rank adapters (Hu et al. 2021), trained in float32, where peft puts them by default: in most families of LLMs
+    beside the queries and values of attention; where it has no default, beside every linear layer but the output."""
     try:
         import peft
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_LAYERS
     except ImportError:
         raise InputError("--lora_r needs the package peft: pip install peft") from None
-    output = llm.get_output_embeddings()
-    layers = [name for name, m in llm.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    layers = DEFAULT_LAYERS.get(llm.config.model_type, "all-linear")
     llm = peft.inject_adapter_in_model(peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=layers), llm)
     for p in llm.parameters():
         p.data = p.data.float() if p.requires_grad else p.data  # peft gives them the frozen weights' bfloat16

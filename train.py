@@ -251,6 +251,8 @@ def build_trainer(
     prompt = Prompt.build(tokenizer, model_args.prompt, settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, start)
+    if not torch.accelerator.is_available():
+        model.llm.set_attn_implementation("eager")  # on a CPU its gradient costs a third of the fused kernel's
     model.ctc_weight, model.projector.dropout = args.ctc_weight, args.projector_dropout
 
     augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)

@@ -1,7 +1,7 @@
 """WER of the shipped checkpoint by decoder and set, and that of Whisper tiny.en itself on the same clips.
 
     apt-get install pocketsphinx-testdata          # the LibriVox clips; left out where they are not there
-    python benchmarks/decoders.py [--checkpoint demo/pretrained] [--joint_weight 0.5 1 2]
+    python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2]
 
 Whisper's English normalizer. dev: every fourth of the demo's training prompts, on which --joint_weight is chosen.
 """
@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import whisper
@@ -39,10 +40,11 @@ def wer(records: list[Record], texts: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(ROOT / "demo" / "pretrained"))
+    parser.add_argument("--checkpoint", nargs="+", default=[str(ROOT / "demo" / "pretrained")])
     parser.add_argument("--joint_weight", type=float, nargs="*", default=[DecodeArguments.joint_weight])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--decoders", nargs="*", choices=["ctc", "llm", "joint"], default=["ctc", "llm", "joint"])
+    parser.add_argument("--without_whisper", action="store_true", help="leave out the row of Whisper itself")
     parser.add_argument("--sets", nargs="*", default=["dev", "test", "librivox"])
     args = parser.parse_args()
     data = ROOT / "demo" / "data"
@@ -64,15 +66,18 @@ def main() -> None:
     print("|---" * (len(sets) + 2) + "|")
     models = ModelArguments()
     use_shipped(models)
-    models.checkpoint = args.checkpoint
-    for name, options in rows.items():
+    for checkpoint, (name, options) in product(args.checkpoint, rows.items()):
+        models.checkpoint = checkpoint
         transcriber = Transcriber.from_arguments(models, DecodeArguments(dtype=args.dtype, **options))
         cells, seconds, start = [], 0.0, time.monotonic()
         for records in sets.values():
             outcomes = recognize(transcriber, records, 16)
             seconds += sum(outcome.seconds for outcome in outcomes)
             cells.append(wer(records, {outcome.key: outcome.text for outcome in outcomes}))
+        name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"
         print(f"| {name} | " + " | ".join(cells) + f" | {seconds / (time.monotonic() - start):.1f} |", flush=True)
+    if args.without_whisper:
+        return
 
     teacher = whisper.load_model(models.whisper_model_name_or_path, device="cpu")
     cells, seconds, start = [], 0.0, time.monotonic()

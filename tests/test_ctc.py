@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path, heard_as
 from dataset import SpeechCollator, SpeechDataset, TextLines, read_manifest
+from model import add_lora
 from prompt import Spelling, load_tokenizer
 from recognize import DecodeArguments, Transcriber
 from settings import IGNORE_INDEX, SPEECH_INDEX, InputError
@@ -405,6 +406,16 @@ def test_lora_starts_as_the_frozen_llm(tiny):
     plain, lora = (build_system(tiny.qwen2, tiny.whisper, splice="frames", lora_r=r) for r in (0, 4))
     batch = batch_of(plain, [audio(1.0)], ["text"])
     assert torch.equal(plain.model(**batch)["logits"], lora.model(**batch)["logits"])
+
+
+@pytest.mark.parametrize(("family", "layers"), [("qwen2", {"q_proj", "v_proj"}), ("unheard of", {"q_proj", "gate_proj"})])
+def test_lora_stands_where_peft_puts_it_or_else_everywhere(tiny, family, layers):
+    llm = build_system(tiny.llama, tiny.whisper).model.llm
+    llm.config.model_type = family
+    adapted = {name.split(".")[-4] for name, p in add_lora(llm, 2).named_parameters() if p.requires_grad}
+    assert adapted >= layers
+    assert "lm_head" not in adapted
+    assert ("gate_proj" in adapted) == (family == "unheard of")
 
 
 def test_lora_may_join_a_checkpoint_without_but_not_leave_one(tiny, tmp_path):
