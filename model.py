@@ -376,21 +376,14 @@ class SpeechLLM(nn.Module):
         speech, length = self.embed_speech(mel, mel_length, encoded)  # (B, N, D), (B,)
         loss = 0.0
         if self.ctc:
-            log_probs, clips = self.ctc(speech), len(length)  # (B, N, V + 1)
-            loss = ctc_loss(log_probs, length, ctc_labels[:clips], IGNORE_INDEX) / items
+            log_probs = self.ctc(speech)  # (B, N, V + 1)
+            loss = ctc_loss(log_probs, length, ctc_labels[: len(length)], IGNORE_INDEX) / items
             if self.aligning:  # DDP waits for a gradient of whatever is trained
                 unused = (p for name, p in self.trainable().items() if not name.startswith(("projector.", "ctc.")))
                 return {"loss": loss + sum(0.0 * p.sum() for p in unused if not hasattr(p, "ds_id"))}
             loss = self.ctc_weight * loss
             self.settings["llm_reads"] |= self.training
-            paths = greedy_path(log_probs, length) if len(ctc_labels) > clips else []
-            speech, length = self.ctc.soft_tokens(log_probs, length)  # (B, S, D)
-            if paths:
-                spoken = [row[row != IGNORE_INDEX].tolist() for row in ctc_labels]
-                soft, count = borrow(speech.detach(), paths, spoken[:clips], spoken[clips:], self.ctc.embeddings.float())
-                S = max(speech.shape[1], soft.shape[1])
-                speech = torch.cat([F.pad(part, (0, 0, 0, S - part.shape[1])) for part in (speech, soft)])
-                length = torch.cat([length, count])
+            speech, length = self._read(log_probs, length, ctc_labels)  # (B + R, S, D)
         embeds, mask, labels = self.splice(input_ids, attention_mask, speech, length, labels)  # (B, T', D), (B, T')
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         target = labels[:, 1:]
@@ -398,6 +391,19 @@ class SpeechLLM(nn.Module):
         logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # (supervised, V)
         total = F.cross_entropy(logits, target[supervised], reduction="sum")
         return {"loss": total / items + loss, "logits": logits}
+
+    def _read(self, log_probs: Tensor, length: Tensor, ctc_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft tokens of B clips (B, N, V + 1), and of the texts that ctc_labels (B + R, L) has beyond them."""
+        soft, count = self.ctc.soft_tokens(log_probs, length)  # (B, S, D)
+        if len(ctc_labels) == len(length):
+            return soft, count
+        paths = greedy_path(log_probs, length)
+        labels = [row[row != IGNORE_INDEX].tolist() for row in ctc_labels]
+        said, texts = labels[: len(length)], labels[len(length) :]
+        read, read_count = borrow(soft.detach(), paths, said, texts, self.ctc.embeddings.float())  # (R, S', D)
+        both = [*soft.unbind(), *read.unbind()]
+        S = max(len(row) for row in both)
+        return torch.stack([F.pad(row, (0, 0, 0, S - len(row))) for row in both]), torch.cat([count, read_count])
 
     @torch.inference_mode()
     def generate(

@@ -94,6 +94,7 @@ def tiny(tmp_path_factory):
         write_clip(root / f"{i}.wav", seconds, seed=i)
         clips.append({"key": f"clip{i}", "wav": f"{i}.wav", "txt": f"text {i}" * (i + 1)})
     manifest = write_manifest(root / "train.jsonl", clips)
+    (root / "texts.txt").write_text("text 1\ntext 44\ntext 3 text 3\n", encoding="utf-8")
     return SimpleNamespace(
         root=root, qwen2=qwen2, llama=llama, whisper=save_tiny_whisper(root / "tiny.pt"), manifest=manifest, clips=clips
     )

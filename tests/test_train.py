@@ -56,6 +56,7 @@ TOKENS = ("--splice", "tokens", "--align_steps")
         ("--spec_augment", "--speed_perturb", "--noise_snr", "20"),  # cut within an epoch: its augmentation goes on
         (*TOKENS, "5"),  # cut while aligning
         (*TOKENS, "3", "--lora_r", "2", "--spec_augment", "--speed_perturb", "--noise_snr", "20"),  # cut with the LLM
+        (*TOKENS, "2", "--text_data_path", "texts.txt", "--projector_dropout", "0.1"),  # which text, borrowed from where
     ],
 )
 def test_it_resumes_by_itself_from_the_newest_complete_checkpoint(tiny, tmp_path, capsys, order):
@@ -63,6 +64,7 @@ def test_it_resumes_by_itself_from_the_newest_complete_checkpoint(tiny, tmp_path
 
     transformers' length-grouped sampler forgets its order on a resume: clips came twice or never in that epoch.
     """
+    order = [str(tiny.root / flag) if flag == "texts.txt" else flag for flag in order]
     train.main(arguments(tiny, tmp_path / "whole", "--max_steps", "6", *order))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for name in ("checkpoint-6", "trainer_state.json", "model.safetensors", "config.json"):
@@ -253,6 +255,9 @@ def test_group_by_length_forms_batches_of_like_clips(tiny, tmp_path):
     [
         (["--align_steps", "3"], "error: --align_steps trains a CTC: it needs --splice tokens"),
         (["--projector_dropout", "1"], "error: --projector_dropout must be"),
+        (["--text_data_path", "t.txt"], "error: --text_data_path is text as a CTC would hear it: it needs --splice tokens"),
+        (["--splice", "tokens", "--text_data_path", "t.txt"], "error: t.txt: cannot read the texts"),
+        (["--text_share", "1"], "error: --text_share must be at least 0 and below 1"),
         (["--cache_dir", "c", "--speed_perturb"], "error: --cache_dir keeps one encoding of each clip"),
         (["--data_path", "no.jsonl"], "error: no.jsonl: cannot read the manifest"),
         (
