@@ -13,7 +13,7 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -33,6 +33,8 @@ from prompt import Prompt
 from settings import IGNORE_INDEX, InputError
 
 GRID = 64  # encoder frames: on a CPU every new shape costs memory that is kept (oneDNN's kernels), so there are few
+
+Encoder = Callable[[Tensor, Tensor], Tensor]  # mel (1, n_mels, F), mel_length (1,) → (1, E, d)
 
 
 class Record(NamedTuple):
@@ -146,6 +148,26 @@ class TextLines(Sequence):
             return file.readline().decode("utf-8-sig").strip()
 
 
+class EncoderCache:
+    """Outputs of a frozen encoder, float16 (E, d): one file a clip, named by the content of its audio."""
+
+    def __init__(self, folder: str | Path, settings: dict) -> None:
+        """A folder within `folder` for this encoder and this padding."""
+        self.folder = Path(folder, f"{settings['encoder']['fingerprint']}-{settings['encoder_padding']}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, wav: Path) -> Path:
+        return self.folder / f"{sha256(wav.read_bytes()).hexdigest()[:32]}.npy"
+
+    def write(self, file: Path, encoder: Encoder, mel: Tensor) -> None:
+        """mel (n_mels, F)."""
+        encoded = encoder(mel[None], torch.tensor([mel.shape[-1]]))[0]  # (E, d)
+        partial = file.with_suffix(f".{os.getpid()}")
+        with partial.open("wb") as stream:
+            np.save(stream, encoded.to("cpu", torch.float16).numpy())
+        os.replace(partial, file)
+
+
 class SpeechDataset(torch.utils.data.Dataset):
     """Training examples of a manifest: input_ids (T,), labels (T,), mel (n_mels, F) or encoded (E, d).
 
@@ -222,22 +244,12 @@ class SpeechDataset(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def encode_once(self, encoder: torch.nn.Module, folder: Path, rank: int = 0, ranks: int = 1) -> None:
-        """Write the frozen encoder's output of this process's share of the clips under `folder`, unless it is there.
-
-        float16 (E, d), one file a clip, named by the content of its audio. `encoder` maps mel (1, n_mels, F) and
-        mel_length (1,) to (1, E, d).
-        """
-        self.cache = [folder / f"{sha256(self.manifest[i].wav.read_bytes()).hexdigest()[:32]}.npy" for i in self.kept]
+    def encode_once(self, encoder: Encoder, cache: EncoderCache, rank: int = 0, ranks: int = 1) -> None:
+        """Put the frozen encoder's output of this process's share of the clips into `cache`, unless it is there."""
+        self.cache = [cache.file(self.manifest[i].wav) for i in self.kept]
         todo = [i for i in range(rank, len(self), ranks) if not self.cache[i].exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         for i in tqdm(todo, desc="encoding", unit="clip", disable=None):
-            mel = self._log_mel(i)
-            encoded = encoder(mel[None], torch.tensor([mel.shape[-1]]))[0]  # (E, d)
-            partial = self.cache[i].with_suffix(f".{os.getpid()}")
-            with partial.open("wb") as file:
-                np.save(file, encoded.to("cpu", torch.float16).numpy())
-            os.replace(partial, self.cache[i])
+            cache.write(self.cache[i], encoder, self._log_mel(i))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example: dict[str, Any] = tensors(self.prompt.example(self.manifest[self.kept[index]].txt))

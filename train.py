@@ -28,7 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
 from audio import Augmentation
-from dataset import SpeechCollator, SpeechDataset, TextLines, read_manifest
+from dataset import EncoderCache, SpeechCollator, SpeechDataset, TextLines, read_manifest
 from model import SpeechLLM, build_model, gathered
 from prompt import Prompt, Spelling, load_tokenizer
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings
@@ -211,12 +211,10 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
     """The frozen encoder's output of each clip, each process its share, kept apart by encoder and padding."""
-    settings, device = dataset.settings, args.device
-    folder = Path(cache_dir, f"{settings['encoder']['fingerprint']}-{settings['encoder_padding']}")
-    encoder = model.encoder.to(device)
+    encoder, device = model.encoder.to(args.device), args.device
     with gathered(model.encoder.parameters()), torch.no_grad():
         encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
-        dataset.encode_once(encode, folder, args.process_index, args.world_size)
+        dataset.encode_once(encode, EncoderCache(cache_dir, dataset.settings), args.process_index, args.world_size)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -82,39 +82,32 @@ class Row:
     align: str | None = ""  # flags of the align phase; None: there is none
     read: str | None = ""  # flags of the LLM phase; None: there is none
     change: Callable[[SpeechLLM], None] = lambda model: None
-    decoder: str = "llm"
+    data: str = "train"  # or "clear": what demo/select_speech.py keeps of it
     silence: float = 0.0  # seconds before each clip
 
 
 ROWS = {
     "frames (published)": Row(None, "--splice frames --learning_rate 1e-3"),
-    "frames, soft prompt": Row(None, "--splice frames --soft_prompt True --learning_rate 1e-3"),
     "tokens": Row(),
-    "tokens, joint": Row(decoder="joint"),
     "tokens, no align phase": Row(None, "--splice tokens --learning_rate 1e-3"),
     "frames from the aligned projector": Row(change=frames_after_ctc),
     "tokens, fixed prompt": Row(change=fixed_prompt),
     "tokens, blanks kept": Row(change=keep_blanks),
     "tokens, acoustic residual": Row(change=acoustic_residual),
     "tokens, CTC weight 0": Row(read="--ctc_weight 0"),
-    "tokens, CTC weight 1": Row(read="--ctc_weight 1"),
     "tokens, LoRA 8": Row(read="--lora_r 8"),
     "tokens, LoRA 16": Row(read="--lora_r 16"),
-    "tokens, LoRA 8, joint": Row(read="--lora_r 8", decoder="joint"),
     "tokens, LoRA 8, half text": Row(read="--lora_r 8 --text_data_path {texts}"),
     "ctc": Row(read=None),
-    "ctc, blocks 0": Row("--projector_blocks 0", None),
-    "ctc, blocks 4": Row("--projector_blocks 4", None),
     "ctc, stride 3": Row("--projector_stride 3 --projector_kernel 9", None),
     "ctc, stride 4": Row("--projector_stride 4 --projector_kernel 8", None),
     "ctc, stride 5": Row("--projector_stride 5 --projector_kernel 9", None),
     "ctc, kernel 2": Row("--projector_kernel 2", None),
-    "ctc, kernel 16": Row("--projector_kernel 16", None),
-    "ctc, single letters": Row("--ctc_merges 0", None),
-    "ctc, 2000 merges": Row("--ctc_merges 2000", None),
+    "ctc, blocks 0": Row("--projector_blocks 0", None),
+    "ctc, blocks 4": Row("--projector_blocks 4", None),
     "ctc, all the LLM's tokens": Row("--ctc_merges 100000", None),
     "ctc, SpecAugment": Row("--spec_augment", None),
-    "ctc, dropout 0.15": Row("--projector_dropout 0.15", None),
+    "ctc, speech that Whisper hears": Row("", None, data="clear"),
     "ctc, 0.4 s of silence first": Row("", None, silence=0.4),
 }
 
@@ -122,8 +115,8 @@ ROWS = {
 class Clock(TrainerCallback):
     """Trains for some minutes, the learning rate falling to zero in them, and measures dev WER on the way."""
 
-    def __init__(self, trainer: SpeechTrainer, row: Row, dev: Path, minutes: float, measurements: int) -> None:
-        self.trainer, self.row, self.dev, self.minutes = trainer, row, list(read_manifest(dev)), minutes
+    def __init__(self, trainer: SpeechTrainer, dev: Path, minutes: float, measurements: int) -> None:
+        self.trainer, self.dev, self.minutes = trainer, list(read_manifest(dev)), minutes
         self.marks = [minutes * (i + 1) / measurements for i in range(measurements)]
         self.points: list[dict] = []
         self.spent, self.since = 0.0, time.monotonic()
@@ -136,7 +129,12 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         spent = self.minutes_spent()
         if spent >= self.marks[len(self.points)]:
-            self.points.append(self.measure() | {"minutes": round(spent, 2), "steps": state.global_step})
+            reads = "ctc" if args.align_steps else "llm"
+            wer, vectors = self.measure(reads)
+            point = {"wer": wer, "vectors_per_second": vectors, "minutes": round(spent, 2), "steps": state.global_step}
+            if reads == "llm" and self.trainer.model.ctc and len(self.points) + 1 == len(self.marks):
+                point["joint"], _ = self.measure("joint")
+            self.points.append(point)
             print(json.dumps(self.points[-1]), flush=True)
             self.spent, self.since = spent, time.monotonic()
         control.should_training_stop = len(self.points) == len(self.marks)
@@ -144,7 +142,8 @@ class Clock(TrainerCallback):
     def minutes_spent(self) -> float:
         return self.spent + (time.monotonic() - self.since) / 60
 
-    def measure(self) -> dict:
+    def measure(self, decoder: str) -> tuple[float, float]:
+        """WER on dev, greedy, and how many vectors of a second of speech the LLM read."""
         model, dataset = self.trainer.model, self.trainer.train_dataset
         read, splice = [], model.splice
 
@@ -154,22 +153,21 @@ class Clock(TrainerCallback):
 
         model.eval()
         model.splice = counting
-        decoder = "ctc" if self.trainer.args.align_steps else self.row.decoder
         outcomes = recognize(Transcriber(model, dataset.prompt, DecodeArguments(decoder=decoder, num_beams=1)), self.dev, 16)
         model.splice = splice
         model.train()
         spoken, written = {r.key: r.txt for r in self.dev}, {o.key: o.text for o in outcomes}
-        rate = sum(read) / sum(outcome.seconds for outcome in outcomes)
-        return {"wer": score(spoken, written, normalizer("english")).words.rate, "vectors_per_second": round(rate, 2)}
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        return score(spoken, written, normalizer("english")).words.rate, round(sum(read) / seconds, 2)
 
 
 def prepare(out: Path, hours: float, silence: float) -> None:
-    """OUT/silence-N/{train,dev}.jsonl and OUT/texts.txt, the definitions of WordNet, unless they are there."""
+    """OUT/silence-N/{train,clear,dev}.jsonl and in it texts.txt, the definitions of WordNet, unless they are there."""
     folder = out / f"silence-{silence}"
-    if (folder / "dev.jsonl").exists():
+    if (folder / "texts.txt").exists():
         return
-    make_speech = [sys.executable, ROOT / "demo" / "make_speech.py", "--hours", str(hours), "--out", out / "speech"]
-    subprocess.run(make_speech, check=True)
+    demo = ROOT / "demo"
+    subprocess.run([sys.executable, demo / "make_speech.py", "--hours", str(hours), "--out", out / "speech"], check=True)
     folder.mkdir(parents=True, exist_ok=True)
     prompts, synthetic = read_manifest(ROOT / "demo/data/train.jsonl"), read_manifest(out / "speech/train.jsonl")
     sets = {"train": [*synthetic, *(r for i, r in enumerate(prompts) if i % 4 != 3)], "dev": list(prompts)[3::4]}
@@ -182,27 +180,30 @@ def prepare(out: Path, hours: float, silence: float) -> None:
                 soundfile.write(wav, np.pad(clip, (int(silence * 16000), 0)), 16000)
             lines.append(json.dumps({"key": record.key, "wav": str(wav), "txt": record.txt}) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    sys.path.insert(0, str(ROOT / "demo"))
+    if not silence:  # at the same time this fills the cache of the encoder's output
+        flags = ["--data_path", folder / "train.jsonl", "--out", folder / "clear.jsonl", "--cache_dir", out / "cache"]
+        subprocess.run([sys.executable, demo / "select_speech.py", *flags], check=True)
+    sys.path.insert(0, str(demo))
     import make_speech as texts
 
     _, definitions = texts.wordnet_sentences()
-    (out / "texts.txt").write_text("".join(f"{texts.words_of(t)}\n" for t in definitions), encoding="utf-8")
+    (folder / "texts.txt").write_text("".join(f"{texts.words_of(t)}\n" for t in definitions), encoding="utf-8")
 
 
 def phase(row: Row, flags: str, minutes: float, measurements: int, change: Callable, args: argparse.Namespace) -> list[dict]:
     """One training of so many minutes, left in args.out/scratch; its measured points."""
     data = args.out / f"silence-{row.silence}"
     words = [
-        *("--llm_model_name_or_path", MODELS / "SmolLM2-135M-Instruct", "--data_path", data / "train.jsonl"),
+        *("--llm_model_name_or_path", MODELS / "SmolLM2-135M-Instruct", "--data_path", data / f"{row.data}.jsonl"),
         *("--whisper_model_name_or_path", MODELS / "whisper-tiny.en.pt", "--cache_dir", args.out / "cache"),
         *("--output_dir", args.scratch, "--overwrite_output_dir", "--max_steps", "1000000", "--bf16", args.bf16),
         *("--per_device_train_batch_size", "16", "--group_by_length", "--save_strategy", "no", "--report_to", "none"),
-        *("--disable_tqdm", "True", "--logging_steps", "100", *flags.format(texts=args.out / "texts.txt").split()),
+        *("--disable_tqdm", "True", "--logging_steps", "100", *flags.format(texts=data / "texts.txt").split()),
     ]
     torch.manual_seed(0)
     trainer, _ = build_trainer(*parse((ModelArguments, DataArguments, TrainingArguments), [str(word) for word in words]))
     change(trainer.model)
-    clock = Clock(trainer, row, data / "dev.jsonl", minutes, measurements)
+    clock = Clock(trainer, data / "dev.jsonl", minutes, measurements)
     trainer.add_callback(clock)
     trainer.train()
     trainer.save_model()
@@ -213,8 +214,8 @@ def run(row: Row, args: argparse.Namespace) -> list[dict]:
     with FileLock(args.out / "prepare.lock"):
         prepare(args.out, args.hours, row.silence)
     if row.align is None:
-        return phase(row, row.read, args.align + args.read, 4, row.change, args)
-    aligned = args.out / "aligned" / re.sub(r"\W+", "_", f"{row.align} {row.silence}")
+        return phase(row, row.read, args.align + args.read, 3, row.change, args)
+    aligned = args.out / "aligned" / re.sub(r"\W+", "_", f"{row.data} {row.align} {row.silence}")
     with FileLock(f"{args.out / aligned.name}.lock"):
         if not (aligned / "points.json").exists():
             flags = f"--splice tokens --align_steps 1000000 --learning_rate 2e-3 {row.align}"
@@ -226,25 +227,20 @@ def run(row: Row, args: argparse.Namespace) -> list[dict]:
     if row.read is None:
         return points
     done = points[-1]
-    read = phase(row, f"--checkpoint {aligned} --learning_rate 5e-4 {row.read}", args.read, 2, row.change, args)
+    read = phase(row, f"--checkpoint {aligned} --learning_rate 5e-4 {row.read}", args.read, 1, row.change, args)
     return points + [p | {"minutes": p["minutes"] + done["minutes"], "steps": p["steps"] + done["steps"]} for p in read]
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    lines = ["| row | minutes | steps | dev WER | under 50 % after | vectors a second |", "|---|---|---|---|---|---|"]
+    head = ("row", "minutes", "steps", "dev WER, %", "joint", "under 50 % after", "vectors a second")
+    lines = [head, ["---"] * len(head)]
     for name, points in results.items():
-        under = next((f"{p['minutes']:.1f} min, {p['steps']} steps" for p in points if p["wer"] < 0.5), "–")
         last = points[-1]
-        cells = (
-            name,
-            f"{last['minutes']:.1f}",
-            last["steps"],
-            f"{last['wer']:.1%}",
-            under,
-            last["vectors_per_second"] or "–",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        under = next((f"{p['minutes']:.1f} min, {p['steps']} steps" for p in points if p["wer"] < 0.5), "–")
+        joint = f"{100 * last['joint']:.1f}" if "joint" in last else "–"
+        cells = (name, f"{last['minutes']:.1f}", last["steps"], f"{100 * last['wer']:.1f}", joint, under)
+        lines.append([*cells, last["vectors_per_second"] or "–"])
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
@@ -268,8 +264,8 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=8.0, help="of synthetic speech")
-    parser.add_argument("--align", type=float, default=5.0, help="minutes")
-    parser.add_argument("--read", type=float, default=5.0, help="minutes")
+    parser.add_argument("--align", type=float, default=3.0, help="minutes")
+    parser.add_argument("--read", type=float, default=3.0, help="minutes")
     parser.add_argument("--threads", type=int, default=1, help="of each program")
     parser.add_argument("--bf16", choices=("True", "False"), default="False")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), metavar="ROW")

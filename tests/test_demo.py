@@ -8,9 +8,10 @@ import zipfile
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import whisper
-from conftest import DATA, ROOT, run_script
+from conftest import DATA, ROOT, run_script, write_manifest
 from safetensors.torch import load_file
 
 import recognize
@@ -217,6 +218,27 @@ def test_a_lone_letter_is_named_not_read_as_the_article():
 def test_a_cut_off_line_of_an_earlier_run_is_made_again(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"key": "train-000000"}\n{"key": "tra')
     assert make_speech.made(tmp_path / "train.jsonl") == [{"key": "train-000000"}]
+
+
+def test_speech_that_whisper_cannot_hear_is_left_out(real, tmp_path):
+    """Of the synthetic speech that an earlier checkpoint learned from, Whisper itself could not follow two clips of five."""
+    lines = [json.loads(line) for line in (DATA / "test.jsonl").open()]
+    clear, *_, other = [line for line in lines if len(line["txt"].split()) > 8]
+    samples, _ = load_audio(DATA / clear["wav"])
+    noise = np.random.default_rng(0).standard_normal(len(samples)) * np.abs(samples).max()
+    soundfile.write(tmp_path / "noisy.wav", samples + noise, 16000)
+    clip = str(DATA / clear["wav"])
+    rows = [{"key": "clear", "wav": clip, "txt": clear["txt"]}, {"key": "noisy", "wav": "noisy.wav", "txt": clear["txt"]}]
+    write_manifest(tmp_path / "all.jsonl", [*rows, {"key": "wrong", "wav": clip, "txt": other["txt"]}])
+    command = ("demo/select_speech.py", "--data_path", tmp_path / "all.jsonl", "--whisper_model_name_or_path", real.whisper)
+    done = run_script(sys.executable, *command, "--out", tmp_path / "kept.jsonl", "--cache_dir", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in (tmp_path / "kept.jsonl").open()] == rows[:1]
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2  # of a clip that two lines name one
+    elsewhere = run_script(sys.executable, *command, "--out", tmp_path / "cache" / "kept.jsonl")
+    assert elsewhere.returncode == 1
+    assert elsewhere.stderr.startswith("error: ")
+    assert "write it beside" in elsewhere.stderr
 
 
 def test_the_shipped_checkpoint_hears_real_speech_without_any_flag(real, capsys):
