@@ -62,22 +62,24 @@ class ModelArguments:
     projector_model_path: str | None = field(default=None, metadata={"help": "The same by file: …/model.safetensors."})
     splice: Literal["frames", "tokens"] | None = field(
         default=None,
-        metadata={"help": "What the LLM reads: every projector vector (frames), or soft tokens by CTC (tokens)."},
+        metadata={
+            "help": "What the LLM reads: soft tokens by CTC (tokens; the default) or every projector vector (frames)."
+        },
     )
     projector_stride: int | None = field(
-        default=None, metadata={"help": "Encoder frames (20 ms) to one projector vector: 5, with --splice tokens 2."}
+        default=None, metadata={"help": "Encoder frames (20 ms) to one projector vector: 2, with --splice frames 5."}
     )
     projector_kernel: int | None = field(
-        default=None, metadata={"help": "Encoder frames that each vector sees: as many as the stride, with tokens 8."}
+        default=None, metadata={"help": "Encoder frames that each vector sees: 8, with frames as many as the stride."}
     )
     projector_blocks: int | None = field(
-        default=None, metadata={"help": "Residual blocks within the projector: 0, with --splice tokens 2."}
+        default=None, metadata={"help": "Residual blocks within the projector: 2, with --splice frames 0."}
     )
     ctc_merges: int | None = field(
         default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 500."}
     )
     soft_prompt: bool | None = field(
-        default=None, metadata={"help": "Train the embeddings of the prompt, from its words on; True with --splice tokens."}
+        default=None, metadata={"help": "Train the embeddings of the prompt, from its words on; False with --splice frames."}
     )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA on the LLM; 0 (default): it stays frozen."})
     encoder_padding: Literal["none", "30s"] | None = field(
@@ -131,7 +133,7 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
         given = " ".join(f"--{key} {flags[key]}" for key in differing)
         trained = ", ".join(f"{key} {stored[key]}" for key in differing)
         raise InputError(f"{given} differs from {path} (trained with {trained}): {REMEDY}")
-    settings = dict(DEFAULTS[args.splice or "frames"])
+    settings = dict(DEFAULTS[args.splice or "tokens"])
     settings |= {key: given for key, given in flags.items() if given is not None}
     settings |= {key: stored[key] for key in (*flags, "prompt", "ctc_tokens") if key in stored}
     settings["projector_kernel"] = settings["projector_kernel"] or settings["projector_stride"]

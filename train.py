@@ -56,8 +56,12 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, and what older versions had, with its old meaning."""
 
-    align_steps: int = field(
-        default=0, metadata={"help": "With --splice tokens: so many first steps by CTC alone, without the LLM."}
+    align_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --splice tokens: so many first steps by CTC alone, without the LLM. By default half of the steps, "
+            "none from a checkpoint."
+        },
     )
     ctc_weight: float = field(default=0.3, metadata={"help": "With --splice tokens: of the CTC beside the LLM's loss."})
     projector_dropout: float = field(default=0.0, metadata={"help": "Before each of the projector's layers."})
@@ -172,7 +176,8 @@ class SpeechTrainer(Trainer):
         self.model.save_checkpoint(output_dir or self.args.output_dir, write=self.args.should_save)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        self.model.aligning = self.state.global_step < self.args.align_steps
+        align_steps = self.state.max_steps // 2 if self.args.align_steps is None else self.args.align_steps
+        self.model.aligning = self.state.global_step < align_steps
         loss = super().training_step(model, *args, **kwargs)
         if self.model.aligning:  # the zeros that DDP waits for: as gradients they would spoil the optimizer's averages
             for name, p in self.model.trainable().items():
@@ -235,6 +240,8 @@ def build_trainer(
     settings = resolve_settings(model_args, start)
     if args.align_steps and settings["splice"] != "tokens":
         raise InputError("--align_steps trains a CTC: it needs --splice tokens")
+    if args.align_steps is None and (settings["splice"] != "tokens" or model_args.start()):
+        args.align_steps = 0
     if data_args.text_data_path and settings["splice"] != "tokens":
         raise InputError("--text_data_path is text as a CTC would hear it: it needs --splice tokens")
     if not 0 <= data_args.text_share < 1:

@@ -4,7 +4,7 @@
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
-hours=${HOURS:-80} align_steps=${ALIGN_STEPS:-2400} clear_steps=${CLEAR_STEPS:-800} read_steps=${READ_STEPS:-800}
+hours=${HOURS:-80} align_steps=${ALIGN_STEPS:-2400} read_steps=${READ_STEPS:-800}
 data=demo/exp out=demo/exp/pretrain
 if command -v nvidia-smi >/dev/null; then # 64 clips a step, by one GPU or two cores
     train=(python train.py --per_device_train_batch_size 64) bf16=True
@@ -32,14 +32,8 @@ head -n -5000 "$data/all.jsonl" >"$data/align.jsonl"
 tail -n 5000 "$data/all.jsonl" >"$data/read.jsonl"
 "${train[@]}" "${common[@]}" --splice tokens --data_path "$data/align.jsonl" --output_dir "$out/aligned" \
     --align_steps "$align_steps" --max_steps "$align_steps" --learning_rate 2e-3 --projector_dropout 0.15
-for part in align read; do # now only what Whisper itself could follow: three clips of five
-    [ -e "$data/clear_$part.jsonl" ] || python demo/select_speech.py --data_path "$data/$part.jsonl" \
-        --out "$data/clear_$part.jsonl" --cache_dir "$data/cache"
-done
-"${train[@]}" "${common[@]}" --checkpoint "$out/aligned" --data_path "$data/clear_align.jsonl" --output_dir "$out/clear" \
-    --align_steps "$clear_steps" --max_steps "$clear_steps" --learning_rate 1.5e-3 --projector_dropout 0.05
-"${train[@]}" "${common[@]}" --checkpoint "$out/clear" --data_path "$data/clear_read.jsonl" --output_dir "$out/trained" \
-    --max_steps "$read_steps" --per_device_train_batch_size 8 --learning_rate 3e-4 --projector_dropout 0.05 --lora_r 16
+"${train[@]}" "${common[@]}" --checkpoint "$out/aligned" --data_path "$data/read.jsonl" --output_dir "$out/trained" \
+    --max_steps "$read_steps" --per_device_train_batch_size 8 --learning_rate 3e-4 --projector_dropout 0.15 --lora_r 16
 
 python - "$out/trained" demo/pretrained <<'END' # bfloat16: half the size
 import shutil, sys

@@ -108,6 +108,7 @@ def system(tiny, request):
 def build_system(llm: Path, encoder: Path, **flags):
     """A SpeechLLM with its prompt and settings, the projector seeded."""
     torch.manual_seed(7)
+    flags = flags if "checkpoint" in flags else {"splice": "frames"} | flags
     args = ModelArguments(llm_model_name_or_path=str(llm), whisper_model_name_or_path=str(encoder), **flags)
     settings = resolve_settings(args, args.start())
     tokenizer = load_tokenizer(str(llm))

@@ -221,7 +221,7 @@ def test_a_cut_off_line_of_an_earlier_run_is_made_again(tmp_path):
 
 
 def test_speech_that_whisper_cannot_hear_is_left_out(real, tmp_path):
-    """Of the synthetic speech that an earlier checkpoint learned from, Whisper itself could not follow two clips of five."""
+    """Two of five synthetic clips that the shipped checkpoint learned from Whisper itself could not follow."""
     lines = [json.loads(line) for line in (DATA / "test.jsonl").open()]
     clear, *_, other = [line for line in lines if len(line["txt"].split()) > 8]
     samples, _ = load_audio(DATA / clear["wav"])
