@@ -152,8 +152,9 @@ class EncoderCache:
     """Outputs of a frozen encoder, float16 (E, d): one file a clip, named by the content of its audio."""
 
     def __init__(self, folder: str | Path, settings: dict) -> None:
-        """A folder within `folder` for this encoder and this padding."""
-        self.folder = Path(folder, f"{settings['encoder']['fingerprint']}-{settings['encoder_padding']}")
+        """A folder within `folder` for this encoder, the layers that it has left, and this padding."""
+        parts = settings["encoder"]["fingerprint"], settings["projector_layers"], settings["encoder_padding"]
+        self.folder = Path(folder, "-".join(map(str, parts)))
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, wav: Path) -> Path:

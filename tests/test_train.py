@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DATA, run_script, write_clip, write_manifest
+from conftest import BF16, DATA, run_script, write_clip, write_manifest
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -324,7 +324,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path, s
 
 
 def test_the_published_commands_run_unchanged(real, tmp_path):
-    """Models, data and process count swapped, all else as published: ZeRO-3 and bf16 on a CPU, then the decoder."""
+    """Models, data and process count swapped, all else as published (bf16 where the processor has it), then the decoder."""
     rows = [json.loads(line) for line in (DATA / "train.jsonl").open()]
     rows = [row | {"wav": str(DATA / row["wav"])} for row in rows if 1 < row["duration"] < 2][:8]
     write_manifest(tmp_path / "train.jsonl", rows)
@@ -332,14 +332,14 @@ def test_the_published_commands_run_unchanged(real, tmp_path):
     output = tmp_path / "SmolLM2-135M-Instruct-whisper-tiny.en"
     command = (
         "torchrun --standalone --nnodes=1 --nproc_per_node=2 train.py --llm_model_name_or_path LLM "
-        "--whisper_model_name_or_path WHISPER --data_path TRAIN --bf16 True --output_dir OUTPUT --num_train_epochs 5 "
+        "--whisper_model_name_or_path WHISPER --data_path TRAIN --bf16 BF16 --output_dir OUTPUT --num_train_epochs 5 "
         "--per_device_train_batch_size 8 --per_device_eval_batch_size 1 --gradient_accumulation_steps 8 "
         "--evaluation_strategy no --save_strategy steps --save_steps 100 --save_total_limit 10 --learning_rate 3e-4 "
         "--weight_decay 0.01 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine --logging_steps 1 "
         "--report_to none --model_max_length 512 --gradient_checkpointing --dataloader_num_workers 4 "
         "--dataloader_prefetch_factor 10 --deepspeed ds_config_zero3.json"
     )
-    names = {"LLM": real.llm, "WHISPER": real.whisper, "TRAIN": tmp_path / "train.jsonl", "OUTPUT": output}
+    names = {"LLM": real.llm, "WHISPER": real.whisper, "TRAIN": tmp_path / "train.jsonl", "OUTPUT": output, "BF16": BF16}
     # five epochs of one step are five steps; a checkpoint at each instead of every hundredth
     words = ["1" if word == "100" else str(names.get(word, word)) for word in command.split()]
     done = run_script(*words)
@@ -401,7 +401,7 @@ def test_eight_real_clips_are_learned_by_heart_and_decoded_without_error(real, t
     manifest = write_manifest(tmp_path / "eight.jsonl", [row | {"wav": str(DATA / row["wav"])} for row in rows])
     done = run_script(
         *("python", "train.py", "--llm_model_name_or_path", real.llm, "--whisper_model_name_or_path", real.whisper),
-        *("--data_path", manifest, "--output_dir", tmp_path / "exp", "--max_steps", "120", "--bf16", "True"),
+        *("--data_path", manifest, "--output_dir", tmp_path / "exp", "--max_steps", "120", "--bf16", BF16),
         *("--learning_rate", "1e-3", "--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0.05"),
         *("--save_strategy", "no", "--report_to", "none", "--logging_steps", "10"),
     )
