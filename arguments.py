@@ -43,7 +43,7 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     ctc_weight: float = field(default=0.3, metadata={"help": "With --splice tokens: of the CTC beside the LLM's loss."})
-    projector_dropout: float = field(default=0.0, metadata={"help": "Before each of the projector's layers."})
+    projector_dropout: float = field(default=0.0, metadata={"help": "Before the projector's convolution and linear layers."})
     model_max_length: int = field(default=512, metadata={"help": "Longer examples (prompt, speech, text) are dropped."})
     remove_unused_columns: bool = False
     prediction_loss_only: bool = True

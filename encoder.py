@@ -1,7 +1,8 @@
 """Whisper's encoder, frozen: loaded from wherever its weights come, on clips of any length up to 30 s."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -12,11 +13,24 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperModel
+from transformers.integrations import deepspeed as zero3
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper.audio import HOP_LENGTH
 
 from audio import speech_lengths
 from settings import InputError, first_line
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Load without DeepSpeed ZeRO-3's sharding, as openai-whisper's weights are: transformers' Whisper cannot be loaded with
+    it (it makes its positions of a placeholder's shape), and layers to train must be there in full."""
+    config = zero3._hf_deepspeed_config_weak_ref
+    zero3.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero3._hf_deepspeed_config_weak_ref = config
 
 
 def attend(layers: nn.ModuleList, x: Tensor, inside: Tensor, norm: nn.Module) -> Tensor:
@@ -61,7 +75,8 @@ class SpeechEncoder(nn.Module):
         if name in whisper.available_models() or name.endswith(".pt"):
             return cls(_openai_encoder(name).to(dtype))
         try:
-            return cls(WhisperModel.from_pretrained(name, dtype=dtype).get_encoder())
+            with whole():
+                return cls(WhisperModel.from_pretrained(name, dtype=dtype).get_encoder())
         except (OSError, ValueError, SafetensorError) as error:
             names = ", ".join(whisper.available_models())
             raise InputError(

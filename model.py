@@ -311,16 +311,17 @@ class SpeechLLM(nn.Module):
         else:
             speech, length = self.embed_speech(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
-        cache = DynamicCache(config=self.llm.config)  # generate would run the prompt once for each beam
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        self.llm.base_model(
-            inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], position_ids=position, past_key_values=cache
-        )
-        cache.batch_repeat_interleave(options.get("num_beams", 1))
+        beams = options.get("num_beams", 1)
+        if beams > 1:  # else generate would run the prompt once for each of them
+            options["cache"] = cache = DynamicCache(config=self.llm.config)
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            self.llm.base_model(
+                inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1], cache=cache
+            )
+            cache.reorder_cache(torch.arange(len(embeds), device=embeds.device).repeat_interleave(beams))
         return self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
-            past_key_values=cache,
             max_new_tokens=int(max_new_tokens.max()) + 1,
             logits_processor=processors,
             **options,

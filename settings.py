@@ -73,7 +73,8 @@ class ModelArguments:
         default=None, metadata={"help": "Encoder frames that each vector sees: 8, with frames as many as the stride."}
     )
     projector_layers: int | None = field(
-        default=None, metadata={"help": "So many last layers of the encoder are trained, as the projector's first; 2."}
+        default=None,
+        metadata={"help": "So many last layers of the encoder are trained, as the projector's first; 2, frames: 0."},
     )
     ctc_merges: int | None = field(
         default=None, metadata={"help": "The CTC's tokens are made by so many first merges of the LLM's tokenizer; 500."}

@@ -95,7 +95,7 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
-    """The frozen encoder's output of each clip, each process its share, kept apart by encoder and padding."""
+    """The frozen encoder's output of each clip, each process its share."""
     encoder, device = model.encoder.to(args.device), args.device
     with gathered(model.encoder.parameters()), torch.no_grad():
         encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731

@@ -4,10 +4,10 @@
     python benchmarks/ablate.py
 
 The speech: of five hours by demo/make_speech.py the clips of at most four seconds (so that a core makes a hundred steps in
-minutes), and three of four of the demo's training prompts; dev is the fourth (with the LLM every second of those). A row has
---align minutes of CTC alone, then --read minutes with the LLM; rows of the same align phase share it, one without it has all
-the minutes with the LLM, and rows named "ctc" end after the align phase. The WER is that of greedy decoding: by the CTC in
-the align phase, then by `joint` where there is a CTC and by the LLM where there is none; beside it stands the LLM's mean
+minutes), and three of four of the demo's training prompts; dev is the fourth (the LLM's WER: every second of those). A row
+has --align minutes of CTC alone, then --read minutes with the LLM; rows of the same align phase share it, one without it has
+all the minutes with the LLM, and rows named "ctc" end after the align phase. The WER is that of greedy decoding: by the CTC
+in the align phase, then by `joint` where there is a CTC and by the LLM where there is none; beside it stands the LLM's mean
 loss on dev, which tells more after so few steps. Measuring does not count as time. Prints a table; OUT/*.json has every
 measured point, OUT/ablation.png the curves. Rows that are there already are not run again; started twice at the same time,
 the two programs share the rows out (a core each).

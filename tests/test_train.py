@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BF16, DATA, run_script, write_clip, write_manifest
 from safetensors.torch import load_file
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, WhisperConfig, WhisperModel
 
 import train
 from settings import InputError
@@ -378,10 +378,14 @@ def test_deepspeed_needs_no_torchrun_on_one_process(tiny, tmp_path):
 @pytest.mark.parametrize(("bf16", "tolerance"), [("False", 1e-2), ("True", 1e-1)])
 def test_deepspeed_trains_the_token_splice_in_both_phases(tiny, tmp_path, bf16, tolerance):
     """ZeRO-3 on two processes: the losses are those of one process without it. A parameter without a dimension, or a buffer
-    that DeepSpeed has cast, once ended it."""
+    that DeepSpeed has cast, once ended it; so did a Whisper in Hugging Face's form, which transformers cannot load sharded.
+    """
     items = [clip | {"wav": str(tiny.root / clip["wav"]), "txt": f"t{i}"} for i, clip in enumerate(tiny.clips[:4])]
     flags = (*TOKENS, "2", "--max_steps", "4", "--data_path", str(write_manifest(tmp_path / "four.jsonl", items)))
-    flags += ("--bf16", bf16)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = WhisperConfig(d_model=16, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, **heads)
+    WhisperModel(config).save_pretrained(tmp_path / "whisper")
+    flags += ("--bf16", bf16, "--whisper_model_name_or_path", str(tmp_path / "whisper"))
     train.main(arguments(tiny, tmp_path / "one", *flags, "--per_device_train_batch_size", "4"))
     command = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
     done = run_script(*command, *arguments(tiny, tmp_path / "two", *flags), "--deepspeed", "ds_config_zero3.json")
@@ -392,6 +396,12 @@ def test_deepspeed_trains_the_token_splice_in_both_phases(tiny, tmp_path, bf16, 
     assert not torch.equal(
         ours["soft_prompt.weight"], load_file(tmp_path / "two" / "checkpoint-2" / "model.safetensors")["soft_prompt.weight"]
     )
+    before = losses(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    done = run_script(*command, *arguments(tiny, tmp_path / "two", *flags), "--deepspeed", "ds_config_zero3.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing from" in done.stdout
+    assert losses(tmp_path / "two") == pytest.approx(before, rel=tolerance)
 
 
 def test_eight_real_clips_are_learned_by_heart_and_decoded_without_error(real, tmp_path):
