@@ -45,8 +45,12 @@ class CTCHead(nn.Module):
         return (cosine * self.log_scale.exp() + bias).log_softmax(-1)
 
     def soft(self, log_probs: Tensor, row: Tensor, frame: Tensor) -> Tensor:
-        """The mean embedding under the posterior of each of these frames (K, D)."""
-        return log_probs[row, frame, :-1].softmax(-1) @ self.embeddings.float()
+        """The mean embedding under the posterior of each of these frames (K, D).
+
+        The LLM's gradient ends here, the projector learns by CTC alone: where it is sure little gradient is left, which
+        Adam blows up to whole steps, and training the LLM wore the CTC off.
+        """
+        return log_probs[row, frame, :-1].detach().softmax(-1) @ self.embeddings.float()
 
     def soft_tokens(self, log_probs: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """What the LLM reads: per frame the mean embedding under the posterior, blanks dropped, runs of a token averaged.

@@ -45,7 +45,8 @@ MODELS = ROOT / "demo" / "models"
 
 def keep_blanks(model: SpeechLLM) -> None:
     """Every frame stands in the prompt: nothing dropped, nothing averaged."""
-    model.ctc.soft_tokens = lambda log_probs, length: (log_probs[..., :-1].softmax(-1) @ model.ctc.embeddings, length)
+    table = model.ctc.embeddings
+    model.ctc.soft_tokens = lambda log_probs, length: (log_probs.detach()[..., :-1].softmax(-1) @ table, length)
 
 
 def acoustic_residual(model: SpeechLLM) -> None:

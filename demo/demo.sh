@@ -46,17 +46,17 @@ make_once demo/models/SmolLM2-135M-Instruct python demo/fetch_models.py
 mkdir -p "$out"
 
 if [ "$scratch" ]; then
-    say "Speech to learn from: four hours, synthesised (some minutes on 2 cores)"
-    python demo/make_speech.py --hours 4 --out "$out/speech4h" # continues by itself
+    say "Speech to learn from: three hours, synthesised (some minutes on 2 cores)"
+    python demo/make_speech.py --hours 3 --out "$out/speech3h" # continues by itself
     # three of four training prompts join it, the others tell how it goes
     sed 's#"wav": "#"wav": "../data/#' demo/data/train.jsonl >"$out/prompts.jsonl"
     awk 'NR % 4 == 0' "$out/prompts.jsonl" >"$out/dev.jsonl"
-    sed 's#"wav": "#"wav": "speech4h/#' "$out/speech4h/train.jsonl" >"$out/scratch.jsonl"
+    sed 's#"wav": "#"wav": "speech3h/#' "$out/speech3h/train.jsonl" >"$out/scratch.jsonl"
     awk 'NR % 4' "$out/prompts.jsonl" >>"$out/scratch.jsonl"
 
-    say "Training from nothing: CTC over the LLM's own tokens"
-    train "$out/scratch.jsonl" "$out/scratch" --splice tokens --align_steps 150 --max_steps 150 \
-        --per_device_train_batch_size 16 --learning_rate 1e-3
+    say "Training from nothing: CTC over the LLM's own tokens, the whole encoder frozen (a step costs a third)"
+    train "$out/scratch.jsonl" "$out/scratch" --splice tokens --projector_layers 0 --align_steps 500 --max_steps 500 \
+        --per_device_train_batch_size 16 --learning_rate 2e-3
 
     say "What it hears"
     recognize "$out/scratch" "$out/dev.jsonl" "$out/scratch.dev.txt" --decoder ctc

@@ -292,6 +292,16 @@ def test_llm_phase_teaches_everything_that_is_trained(tokens, batch):
     assert all(p.grad is None for p in tokens.model.llm.parameters())
 
 
+def test_the_llm_does_not_teach_the_projector(tokens, batch):
+    """Its gradient, small where the CTC is sure, was blown up by Adam: eight prompts that the CTC knew by heart (loss 2e-4)
+    were lost again in the steps with the LLM."""
+    tokens.model.ctc_weight = 0.0
+    tokens.model(**batch)["loss"].backward()
+    taught = {name.split(".")[0] for name, p in tokens.model.trainable().items() if p.grad.abs().max() > 0}
+    assert taught == {"soft_prompt"}
+    assert all(p.grad is not None for p in tokens.model.trainable().values()), "DDP waits for every gradient"
+
+
 def test_texts_teach_the_llm_alone(tokens, batch):
     """Their loss joins that of the clips, whose own is as without them; no gradient of theirs reaches the projector."""
     model, texts = tokens.model, batch_of(tokens, [audio(1.0)] * 2, ["two", "no one"])

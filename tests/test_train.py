@@ -411,8 +411,8 @@ def test_eight_real_clips_are_learned_by_heart_and_decoded_without_error(real, t
     manifest = write_manifest(tmp_path / "eight.jsonl", [row | {"wav": str(DATA / row["wav"])} for row in rows])
     done = run_script(
         *("python", "train.py", "--llm_model_name_or_path", real.llm, "--whisper_model_name_or_path", real.whisper),
-        *("--data_path", manifest, "--output_dir", tmp_path / "exp", "--max_steps", "120", "--bf16", BF16),
-        *("--learning_rate", "1e-3", "--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0.05"),
+        *("--data_path", manifest, "--output_dir", tmp_path / "exp", "--max_steps", "80", "--bf16", BF16),
+        *("--learning_rate", "3e-4", "--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0.05"),
         *("--save_strategy", "no", "--report_to", "none", "--logging_steps", "10"),
     )
     assert done.returncode == 0, done.stderr[-4000:]
