@@ -280,7 +280,7 @@ class SpeechLLM(nn.Module):
         paths = greedy_path(log_probs, length)
         labels = [row[row != IGNORE_INDEX].tolist() for row in ctc_labels]
         said, texts = labels[: len(length)], labels[len(length) :]
-        read, read_count = borrow(soft.detach(), paths, said, texts, self.ctc.embeddings.float())  # (R, S', D)
+        read, read_count = borrow(soft, paths, said, texts, self.ctc.embeddings.float())  # (R, S', D)
         both = [*soft.unbind(), *read.unbind()]
         S = max(len(row) for row in both)
         return torch.stack([F.pad(row, (0, 0, 0, S - len(row))) for row in both]), torch.cat([count, read_count])
