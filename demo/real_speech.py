@@ -5,8 +5,9 @@
     python demo/real_speech.py --games games --out demo/exp/games       # train.jsonl, dev.jsonl and wav/ in it
 
 Neighbouring lines of a game (a few seconds each, 11 kHz) are joined to clips of 1 to 15 s; Whisper writes what it hears, and
-a clip is kept if it was sure of it. One clip in fifty goes to dev.jsonl. The games are © 1994 Revolution Software and © 1995
-John Passfield and Steven Stamatiadis, free to use, change and pass on; nothing of them is in this repository.
+a clip is kept if it was sure of it. One clip in fifty goes to dev.jsonl, the others are written at three speeds (Ko et al.
+2015: slower and lower, faster and higher; almost another voice each time). The games are © 1994 Revolution Software and ©
+1995 John Passfield and Steven Stamatiadis, free to use, change and pass on; nothing of them is in this repository.
 """
 
 import argparse
@@ -134,6 +135,17 @@ def clips(lines: Iterator[np.ndarray], rng: np.random.Generator) -> Iterator[np.
     yield from finished()
 
 
+SPEEDS = {"": 1.0, "-slow": 0.9, "-fast": 1.1}
+
+
+def write_at_speeds(folder: Path, key: str, clip: np.ndarray, speeds: dict[str, float]) -> Iterator[dict]:
+    """FOLDER/wav/KEY….flac at each speed; their manifest lines, but for the words."""
+    for suffix, speed in speeds.items():
+        changed = clip if speed == 1 else soxr.resample(clip, RATE * speed, RATE)
+        soundfile.write(folder / f"wav/{key}{suffix}.flac", changed, RATE)
+        yield {"key": key + suffix, "wav": f"wav/{key}{suffix}.flac", "duration": len(changed) / RATE}
+
+
 SOURCES = {"queen": (queen_lines, QUEEN), "sky": (sky_lines, SKY)}
 
 
@@ -175,10 +187,9 @@ def main() -> None:
                 for batch in (some[i : i + 16] for i in range(0, len(some), 16)):
                     for (i, clip), txt in zip(batch, label(teacher, positions, [clip for _, clip in batch]), strict=True):
                         if txt:
-                            wav = f"wav/{name}-{i:05d}.flac"
-                            soundfile.write(args.out / wav, clip, RATE)
-                            line = {"key": f"{name}-{i:05d}", "wav": wav, "txt": txt, "duration": len(clip) / RATE}
-                            print(json.dumps(line), file=train if i % 50 else dev, flush=True)
+                            file, speeds = (train, SPEEDS) if i % 50 else (dev, {"": 1.0})
+                            for line in write_at_speeds(args.out, f"{name}-{i:05d}", clip, speeds):
+                                print(json.dumps(line | {"txt": txt}), file=file, flush=True)
 
 
 if __name__ == "__main__":
