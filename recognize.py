@@ -49,7 +49,7 @@ class DecodeArguments:
         default="auto",
         metadata={"help": "ctc: no LLM runs; llm: it alone; joint: both vote. auto: as the checkpoint was trained."},
     )
-    joint_weight: float = field(default=0.5, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
+    joint_weight: float = field(default=0.8, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     batch_size: int = field(default=8, metadata={"help": "Clips decoded together."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})

