@@ -45,6 +45,14 @@ class TrainingArguments(transformers.TrainingArguments):
     ctc_weight: float = field(default=0.3, metadata={"help": "With --splice tokens: of the CTC beside the LLM's loss."})
     projector_dropout: float = field(default=0.0, metadata={"help": "Before the projector's convolution and linear layers."})
     model_max_length: int = field(default=512, metadata={"help": "Longer examples (prompt, speech, text) are dropped."})
+    predict_with_generate: bool = field(default=False, metadata={"help": "Evaluations decode too: eval_wer, eval_cer, …"})
+    eval_clips: int = field(
+        default=100, metadata={"help": "Decode, and test for hearing, at most so many clips of --eval_data_path; 0: all."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations in a row without a better --metric_for_best_model."}
+    )
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Of loss, wer and cer the smallest is best."})
     remove_unused_columns: bool = False
     prediction_loss_only: bool = True
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps to warm up in."})

@@ -285,7 +285,7 @@ class SpeechLLM(nn.Module):
         S = max(len(row) for row in both)
         return torch.stack([F.pad(row, (0, 0, 0, S - len(row))) for row in both]), torch.cat([count, read_count])
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what ZeRO-3 gathers in it could not be trained on
     def generate(
         self,
         input_ids: Tensor,

@@ -59,6 +59,11 @@ class DecodeArguments:
     )
 
 
+class Hypothesis(NamedTuple):
+    text: str
+    ended: bool | None  # by the LLM's end-of-turn token rather than by the limit; None where no LLM writes
+
+
 class Transcriber:
     """A model ready to transcribe. One thread at a time."""
 
@@ -100,6 +105,10 @@ class Transcriber:
 
     def transcribe(self, clips: Sequence[np.ndarray]) -> list[str]:
         """One text for each clip, float32 (samples,) at 16 kHz. Raises InputError unless every clip is `usable`."""
+        return [hypothesis.text for hypothesis in self.hypotheses(clips)]
+
+    def hypotheses(self, clips: Sequence[np.ndarray]) -> list[Hypothesis]:
+        """As `transcribe`, with how each text ended."""
         settings = self.model.settings
         if not all(isinstance(clip, np.ndarray) and clip.ndim == 1 and clip.dtype.kind == "f" for clip in clips):
             raise InputError("clips must be a list of float arrays (samples,) at 16 kHz, as load_audio gives them")
@@ -111,20 +120,21 @@ class Transcriber:
         batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         if self.decoder == "ctc":
-            with torch.inference_mode():
+            with torch.no_grad():
                 paths = greedy_path(*self.model.hear(batch["mel"], batch["mel_length"]))
-            return [self._text([self.prompt.spelling.tokens[c] for c in path]) for path in paths]
+            return [Hypothesis(self._text([self.prompt.spelling.tokens[c] for c in path]), None) for path in paths]
         seconds = torch.tensor([len(clip) / SAMPLE_RATE for clip in clips])
         allowed = (seconds * MAX_TOKENS_PER_SECOND).long() + SPARE_TOKENS  # (B,)
         if self.args.max_new_tokens is not None:
             allowed = torch.full_like(allowed, self.args.max_new_tokens)
         new = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), **self.search)
-        return [self._text(row) for row in new.tolist()]
+        ends = self.model.llm.generation_config.eos_token_id
+        lengths = [next((i for i, id in enumerate(row) if id in ends), len(row)) for row in new.tolist()]
+        rows = zip(new.tolist(), lengths, allowed.tolist(), strict=True)
+        return [Hypothesis(self._text(row[:length]), length < limit) for row, length, limit in rows]
 
     def _text(self, ids: list[int]) -> str:
-        ends = self.model.llm.generation_config.eos_token_id
-        length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
-        text = self.prompt.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.prompt.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return " ".join(text.split())
 
 

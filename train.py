@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
@@ -27,7 +28,8 @@ from audio import Augmentation
 from dataset import EncoderCache, SpeechCollator, SpeechDataset, TextLines, read_manifest
 from model import SpeechLLM, build_model, gathered
 from prompt import Prompt, Spelling, load_tokenizer
-from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings
+from settings import InputError, ModelArguments, first_line, one_line_errors, parse, read_settings, resolve_settings
+from watch import check, dev_metrics, launch_command, watchers
 
 
 class LengthSampler(LengthGroupedSampler):
@@ -67,6 +69,20 @@ class SpeechTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_deepspeed_enabled:  # what is saved are its optimizer's weights
+            super()._load_best_model()
+            self.model.settings["llm_reads"] = read_settings(best)["llm_reads"]
+        else:
+            self.model.load_checkpoint(best)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        measured = dev_metrics(self, dataloader.dataset)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:  # by default every frozen weight would be in global_stepN
@@ -110,6 +126,7 @@ def build_trainer(
     """The trainer, and the checkpoint in --output_dir to resume from if there is one; raises InputError."""
     if not data_args.data_path:
         raise InputError("give --data_path, the training manifest (jsonl)")
+    check(args)
     set_seed(args.seed)
     resume = args.resume_from_checkpoint
     if resume in (None, "True", "true"):  # true is transformers' word for the newest
@@ -176,9 +193,11 @@ def build_trainer(
     return trainer, resume
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, command: str) -> None:
     """Build, resume if there is something to resume from, train, save; raises InputError."""
     trainer, resume = build_trainer(model_args, data_args, args)
+    for callback in watchers(trainer, command):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_state()
     trainer.save_model()
@@ -189,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parsed = parse((ModelArguments, DataArguments, TrainingArguments), current_flags(argv or sys.argv[1:]))
         try:
-            run(*parsed)
+            run(*parsed, launch_command(argv))
         except OSError as error:
             raise InputError(f"{error.filename or 'system'}: {error.strerror or error}") from None
 
