@@ -78,7 +78,8 @@ class Transcriber:
         self.search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
         if self.decoder == "joint":  # both scores are sums over the whole text: no average over its length
             spelling = prompt.spelling.table(len(prompt.tokenizer)).to(self.device)
-            self.search |= {"joint_weight": args.joint_weight, "spelling": spelling, "length_penalty": 0.0}
+            self.search |= {"joint_weight": args.joint_weight, "spelling": spelling}
+            self.search |= {"length_penalty": 0.0} if args.num_beams > 1 else {}  # greedy search would warn of it
 
     @classmethod
     def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":

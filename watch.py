@@ -148,12 +148,14 @@ def rates(references: dict[str, str], hypotheses: dict[str, Any]) -> dict[str, f
     result = score(references, {key: hypothesis.text for key, hypothesis in hypotheses.items()})
     words, count = result.words, len(result.utterances)
     found = [utterance.hallucination for utterance in result.utterances]
-    metrics = {"loop_rate": found.count("loop") / count, "refusal_rate": found.count("refusal") / count}
+    ended = [hypothesis.ended for hypothesis in hypotheses.values()]
+    metrics = {}
     if words.reference_length:
         written = words.hits + words.substitutions + words.insertions
         metrics |= {"wer": words.rate, "cer": result.characters.rate, "length_ratio": written / words.reference_length}
-    ended = [hypothesis.ended for hypothesis in hypotheses.values()]
-    return metrics | ({} if None in ended else {"eot_rate": sum(ended) / count})
+    if None not in ended:
+        metrics["eot_rate"] = sum(ended) / count
+    return metrics | {"loop_rate": found.count("loop") / count, "refusal_rate": found.count("refusal") / count}
 
 
 # --- callbacks
@@ -239,7 +241,7 @@ class Diary(TrainerCallback):
         }
         if args.load_best_model_at_end and state.best_global_step:
             metric = args.metric_for_best_model.removeprefix("eval_")
-            rows["weights here"] = f"in the end those of step {state.best_global_step}, which has the best dev {metric}"
+            rows["weights here"] = f"in the end those of step {state.best_global_step} (best dev {metric})"
         folder = Path(args.output_dir)
         return "\n".join(
             [
