@@ -344,9 +344,9 @@ def launch_command(argv: Sequence[str] | None = None) -> str:
         if Path(words[0]).name.startswith("python"):
             script = len(words) > 1 and not words[1].startswith("-")
             words = [Path(words[1]).name, *words[2:]] if script else ["python", *words[1:]]
-    words = [re.sub(r"^(--\w*token=).*", r"\1…", word) for word in words]
+    words = [re.sub(r"^(--\w*token=).*", r"\1...", word) for word in words]
     secret = [bool(re.fullmatch(r"--\w*token", word)) for word in ["", *words]]
-    return shlex.join("…" if hide else word for word, hide in zip(words, secret, strict=False))
+    return shlex.join("..." if hide else word for word, hide in zip(words, secret, strict=False))
 
 
 def git_commit() -> str:
