@@ -129,13 +129,14 @@ class Transcriber:
         if self.args.max_new_tokens is not None:
             allowed = torch.full_like(allowed, self.args.max_new_tokens)
         new = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), **self.search)
-        ends = self.model.llm.generation_config.eos_token_id
-        lengths = [next((i for i, id in enumerate(row) if id in ends), len(row)) for row in new.tolist()]
-        rows = zip(new.tolist(), lengths, allowed.tolist(), strict=True)
-        return [Hypothesis(self._text(row[:length]), length < limit) for row, length, limit in rows]
+        ends = set(self.model.llm.generation_config.eos_token_id)
+        rows = zip(new.tolist(), allowed.tolist(), strict=True)
+        return [Hypothesis(self._text(row), not ends.isdisjoint(row[:limit])) for row, limit in rows]
 
     def _text(self, ids: list[int]) -> str:
-        text = self.prompt.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ends = self.model.llm.generation_config.eos_token_id
+        length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+        text = self.prompt.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return " ".join(text.split())
 
 

@@ -73,7 +73,6 @@ pairs "$test" "$out/before.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4
 say "Fine-tuning on the 471 training prompts"
 train demo/data/train.jsonl "$out/tuned" --checkpoint demo/pretrained --align_steps 200 --max_steps 200 \
     --per_device_train_batch_size 16 --learning_rate 5e-4 --projector_dropout 0.1
-make_once "$out/loss.png" python demo/plot.py "$out/tuned" "$out/loss.png"
 
 say "The test prompts again"
 recognize "$out/tuned" "$test" "$out/after.txt"
@@ -84,5 +83,5 @@ for when in before after; do
     printf '$ python score.py --ref %s --hyp %s --normalizer english\n' "$test" "$out/$when.txt"
     printf '%-12s %s\n' "$when" "$(wer "$test" "$out/$when.txt")"
 done
-printf '\ntranscripts: %s/after.txt   loss curve: %s/loss.png   checkpoint: %s/tuned\n' "$out" "$out" "$out"
+printf '\ntranscripts: %s/after.txt   loss curve: %s/tuned/curve.png   checkpoint: %s/tuned\n' "$out" "$out" "$out"
 echo "your own files: python recognize.py FILE.wav …"
