@@ -101,7 +101,7 @@ def hearing(model: SpeechLLM, batch: dict[str, Tensor]) -> list[tuple[float, flo
 
     The CTC's loss, which would tell them apart for certain, is not counted: the question is whether the LLM hears.
     """
-    other = batch | {name: batch[name].roll(1, 0) for name in ("mel", "mel_length")}
+    other = batch | {name: batch[name].roll(1, 0) for name in batch.keys() & {"mel", "encoded", "mel_length"}}
     tokens = (batch["labels"] != IGNORE_INDEX).sum(1)
     rows = zip(clip_losses(model, batch).tolist(), clip_losses(model, other).tolist(), tokens.tolist(), strict=True)
     return list(rows)
@@ -144,15 +144,15 @@ def dev_metrics(trainer: Trainer, dataset: SpeechDataset) -> dict[str, float]:
 
 
 def rates(references: dict[str, str], hypotheses: dict[str, Any]) -> dict[str, float]:
-    """Shares, 1 being 100 %, of references and Hypotheses by key; those that would divide by no word are left out."""
+    """Shares, 1 being 100 %, of references and Hypotheses by key. Raises InputError for references without a word."""
     result = score(references, {key: hypothesis.text for key, hypothesis in hypotheses.items()})
     words, count = result.words, len(result.utterances)
     found = [utterance.hallucination for utterance in result.utterances]
     ended = [hypothesis.ended for hypothesis in hypotheses.values()]
-    metrics = {}
-    if words.reference_length:
-        written = words.hits + words.substitutions + words.insertions
-        metrics |= {"wer": words.rate, "cer": result.characters.rate, "length_ratio": written / words.reference_length}
+    if not words.reference_length:
+        raise InputError(f"--predict_with_generate: no word in the txt of {count} clips of --eval_data_path")
+    written = words.hits + words.substitutions + words.insertions
+    metrics = {"wer": words.rate, "cer": result.characters.rate, "length_ratio": written / words.reference_length}
     if None not in ended:
         metrics["eot_rate"] = sum(ended) / count
     return metrics | {"loop_rate": found.count("loop") / count, "refusal_rate": found.count("refusal") / count}

@@ -17,8 +17,10 @@ import score
 import train
 import watch
 from recognize import DecodeArguments, Hypothesis, Transcriber
+from settings import InputError
 
-EVERY_STEP = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1")
+ON = ("--eval_strategy", "steps")
+EVERY_STEP = (*ON, "--eval_steps", "1", "--save_steps", "1")
 BEST = ("--load_best_model_at_end", "--metric_for_best_model")
 
 
@@ -149,7 +151,7 @@ def test_early_stopping_counts_on_after_a_resume_and_may_join_then(tiny, tmp_pat
 
 def test_the_log_after_a_kill_and_a_resume_is_that_of_one_run(tiny, tmp_path):
     """Steps that were lost are logged once: not twice, not in a torn line."""
-    flags = ("--max_steps", "4", "--eval_data_path", str(tiny.manifest), "--eval_strategy", "steps", "--eval_steps", "1")
+    flags = ("--max_steps", "4", "--eval_data_path", str(tiny.manifest), *ON, "--eval_steps", "1", "--predict_with_generate")
     train.main(arguments(tiny, tmp_path / "whole", *flags))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
@@ -251,7 +253,7 @@ def test_a_random_llm_does_not_hear_and_that_is_told_in_its_phase_only(tiny, tmp
 
 
 def test_rates_are_those_of_the_scorer():
-    """Loops and refusals are those of score.py; an empty dev set of words has no WER; a CTC has no end of turn."""
+    """Loops and refusals are those of score.py; where nothing is said there is no WER; a CTC has no end of turn."""
     said = {"a": "one two three", "b": "four", "c": "five six"}
     written = {"a": Hypothesis("one two", True), "b": Hypothesis("no no no no no", False), "c": Hypothesis("", True)}
     measured = watch.rates(said, written)
@@ -261,7 +263,8 @@ def test_rates_are_those_of_the_scorer():
     refused = watch.rates({"a": "hello"}, {"a": Hypothesis("I'm sorry, but I can't do that", None)})
     assert refused["refusal_rate"] == 1
     assert "eot_rate" not in refused
-    assert "wer" not in watch.rates({"a": ""}, {"a": Hypothesis("x", True)})
+    with pytest.raises(InputError, match="no word in the txt of 1 clips of --eval_data_path"):
+        watch.rates({"a": "?"}, {"a": Hypothesis("x", True)})
 
 
 def test_a_text_has_ended_if_its_end_of_turn_came_before_the_limit(tiny, monkeypatch):
@@ -295,9 +298,6 @@ def test_tensorboard_gets_every_loss(tiny, tmp_path, monkeypatch):
             if name in entry:
                 assert found[tag, entry["step"]] == pytest.approx(entry[name], rel=1e-6)
     assert sum(tag == "eval/wer" for tag, _ in found) == 2
-
-
-ON = ("--eval_strategy", "steps")
 
 
 @pytest.mark.parametrize(
