@@ -177,7 +177,7 @@ class HearingWarning(TrainerCallback):
         gaps = [entry["eval_hearing_gap"] for entry in state.log_history if "eval_hearing_gap" in entry]
         heard = [i for i, gap in enumerate(gaps) if not gap < DEAF]
         deaf = len(gaps) - (heard[-1] + 1 if heard else 0)  # evaluations in a row, up to this one
-        if "eval_hearing_gap" in state.log_history[-1] and deaf and deaf % EVALUATIONS == 0 and state.is_world_process_zero:
+        if "eval_hearing_gap" in state.log_history[-1] and deaf and not deaf % EVALUATIONS and state.is_world_process_zero:
             print(
                 f"warning: step {state.global_step}: for {deaf} evaluations the LLM's loss has been the same with another "
                 f"clip's speech (eval_hearing_gap {gaps[-1]:.3f}): it does not hear yet. With --splice frames that may last "
@@ -193,41 +193,39 @@ class Diary(TrainerCallback):
 
     def __init__(self, command: str, train_set: SpeechDataset, eval_set: SpeechDataset | None) -> None:
         self.command, self.train_set, self.eval_set = command, train_set, eval_set
-        self.model: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.model = model
         if state.is_world_process_zero:
             # after a resume: what was logged past the checkpoint is lost, and will be logged again
             replace(Path(args.output_dir, "log.jsonl"), "".join(map(json_line, state.log_history)))
-            self.write_card(args, state)
+            self.write_card(args, state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with Path(args.output_dir, "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json_line(state.log_history[-1]))
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write_pages(args, state)
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            partial = folder / "curve.partial.png"
+            curve(state.log_history, f"Training, {folder.resolve().name}").savefig(partial, dpi=120)
+            os.replace(partial, folder / "curve.png")
+            self.write_card(args, state, model)
 
     on_save = on_train_end = on_evaluate
 
-    def write_pages(self, args: Any, state: Any) -> None:
-        if state.is_world_process_zero:
-            draw_curve(state.log_history, Path(args.output_dir, "curve.png"))
-            self.write_card(args, state)
-
-    def write_card(self, args: Any, state: Any) -> None:
+    def write_card(self, args: Any, state: Any, model: SpeechLLM) -> None:
         """Unless there is a page that is not ours."""
         page = Path(args.output_dir, "README.md")
         if not page.exists() or page.read_text(encoding="utf-8", errors="replace").startswith(OURS):
-            replace(page, self.card(args, state))
+            replace(page, self.card(args, state, model))
 
-    def card(self, args: Any, state: Any) -> str:
-        settings = self.model.settings
+    def card(self, args: Any, state: Any, model: SpeechLLM) -> str:
+        settings = model.settings
         libraries = ["torch", "transformers", "accelerate", "openai-whisper"]
         libraries += ["peft"] * bool(settings["lora_r"]) + ["deepspeed"] * bool(args.deepspeed)
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.trainable().values())
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.trainable().values())
         rows = {
             "models": f"Whisper `{settings['encoder']['name']}`, `{settings['llm']['name']}`; --splice {settings['splice']}",
             "trained parameters": f"{trained:,}",
@@ -306,27 +304,26 @@ def json_line(entry: dict) -> str:
     return json.dumps(entry) + "\n"
 
 
-def draw_curve(history: Sequence[dict], png: Path) -> None:
+def curve(history: Sequence[dict], title: str) -> Figure:
     """Losses over the steps and, where it was measured, the WER (on the right)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel="optimizer step", ylabel="loss a token", title=f"Training, {png.parent.resolve().name}")
-    axes.grid(alpha=0.3)
-    right = axes.twinx() if any("eval_wer" in entry for entry in history) else None
-    curves = [("loss", "training loss", 1, axes, "C0-"), ("eval_loss", "dev loss", 1, axes, "C1o-")]
-    curves += [("eval_wer", "dev WER (right)", 100, right, "C2s-")] if right else []
+    left = figure.subplots()
+    left.set(xlabel="optimizer step", ylabel="loss a token", title=title)
+    left.grid(alpha=0.3)
+    curves = [("loss", "training loss", 1, left, "C0-"), ("eval_loss", "dev loss", 1, left, "C1o-")]
+    if any("eval_wer" in entry for entry in history):
+        right = left.twinx()
+        right.set(ylabel="dev WER, %")
+        curves.append(("eval_wer", "dev WER (right)", 100, right, "C2s-"))
     lines = []
     for name, label, unit, side, style in curves:
         points = [(entry["step"], unit * entry[name]) for entry in history if name in entry]
         lines += side.plot(*zip(*points, strict=True), style, linewidth=1.5, markersize=3, label=label) if points else []
-        side.set_ylim(bottom=0)
-    if right:
-        right.set(ylabel="dev WER, %")
+    for side in figure.axes:
+        side.set_ylim(bottom=0)  # last: it holds the upper end too
     if lines:
-        axes.legend(handles=lines)
-    partial = png.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, png)
+        left.legend(handles=lines)
+    return figure
 
 
 def launch_command(argv: Sequence[str] | None = None) -> str:

@@ -187,6 +187,22 @@ def test_curve_and_card_tell_of_the_training(tiny, tmp_path):
     assert "| steps | 3 of 3 " in (folder / "README.md").read_text()
 
 
+def test_every_point_of_the_curve_is_within_its_axes():
+    """A lower end set before all lines were drawn froze the upper one: a loss that rose left the picture."""
+    log = [
+        {"loss": 1.0, "step": 1},
+        {"eval_loss": 4.0, "eval_wer": 0.5, "step": 0},
+        {"eval_loss": 2.0, "eval_wer": 1.5, "step": 9},
+    ]
+    figure = watch.curve(log, "")
+    for side in figure.axes:
+        for line in side.lines:
+            assert all(0 <= y < side.get_ylim()[1] for y in line.get_ydata())
+            assert all(side.get_xlim()[0] < x < side.get_xlim()[1] for x in line.get_xdata())
+    assert [list(line.get_ydata()) for side in figure.axes for line in side.lines] == [[1.0], [4.0, 2.0], [50.0, 150.0]]
+    assert watch.curve([], "").axes
+
+
 def test_a_page_of_the_users_own_stays(tiny, tmp_path):
     (tmp_path / "README.md").write_text("# mine\n")
     train.main(arguments(tiny, tmp_path, "--max_steps", "1"))
