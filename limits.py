@@ -132,7 +132,7 @@ class Bounds:
         return good
 
     def by_words(self, samples: int, txt: str) -> bool:
-        if not self.words or (self.normal and not unicodedata.is_normalized("NFC", txt)):
+        if self.words is None or (self.normal and not unicodedata.is_normalized("NFC", txt)):
             return False
         spoken = self.prompt.spelling is not None  # then `tokens` are the LLM's and the CTC's
         first, *words = txt.strip().split(" ") if spoken else txt.split(" ")

@@ -1,0 +1,122 @@
+"""Opens a manifest of a million lines: seconds, memory, the first batch, and memory over steps with two data workers.
+
+    python benchmarks/manifest_scale.py                       # demo/models' tokenizer, tiny.en's sizes
+    python benchmarks/manifest_scale.py --lines 100000 --longest 30
+
+The lines name clips of 1 to --longest seconds with 14 letters a second; all of them one wav file, since what is measured
+is the manifest. Each measurement is a process of its own. Memory is what stands resident beyond the imports, its peak.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402, F401  (its imports are no memory of the manifest)
+
+from batches import DurationSampler  # noqa: E402
+from dataset import SpeechCollator, SpeechDataset  # noqa: E402
+from manifest import read_manifest  # noqa: E402
+from prompt import Prompt, Spelling, load_tokenizer  # noqa: E402
+from settings import ModelArguments, resolve_settings  # noqa: E402
+
+RATE = 16000
+
+
+def write(folder: Path, lines: int, longest: float) -> Path:
+    rng, path = random.Random(0), folder / "train.jsonl"
+    known = [json.loads(line)["txt"].split() for line in (ROOT / "demo/data/train.jsonl").open(encoding="utf-8")]
+    words = sorted({word for text in known for word in text})
+    words += ["".join(rng.choices("etaoinshrdlucmfwypvbgk", k=rng.randint(3, 9))) for _ in range(50_000)]
+    soundfile.write(folder / "clip.wav", np.zeros(int(longest * RATE), np.float32), RATE)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(lines):
+            duration, text, letters = rng.uniform(1, longest), [], 0
+            while letters < 14 * duration:
+                text.append(rng.choice(words[:700] if rng.random() < 0.8 else words))
+                letters += len(text[-1]) + 1
+            line = {"key": f"speaker{i % 999}-{i}", "wav": "clip.wav", "txt": " ".join(text[:-1]), "duration": duration}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def resident(pid: int | str = "self") -> float:
+    """MB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def private(pid: int | str = "self") -> float:
+    """MB that this process shares with no other: a worker's own."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean"))) / 1e3
+
+
+def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
+    settings = resolve_settings(
+        ModelArguments(llm_model_name_or_path=llm, whisper_model_name_or_path="tiny.en", splice=splice), None
+    )
+    settings["encoder"] |= {"n_mels": 80}
+    tokenizer = load_tokenizer(llm)
+    before = resident()
+    start, cpu = time.perf_counter(), time.process_time()
+    manifest = read_manifest(path)
+    opened = time.perf_counter()
+    if splice == "tokens":
+        settings["ctc_tokens"] = Spelling.choose(tokenizer, manifest.some_texts(), settings["ctc_merges"]).tokens
+    chosen = time.perf_counter()
+    dataset = SpeechDataset(manifest, Prompt.build(tokenizer, None, settings), settings, 512)
+    measured = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+    sampler = DurationSampler(dataset.lengths, 120, seed=0)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=SpeechCollator(), num_workers=2, prefetch_factor=2
+    )
+    batches = iter(loader)
+    next(batches)
+    first = time.perf_counter()
+    print(f"{splice}: {len(manifest)} lines, {path.stat().st_size / 1e6:.0f} MB: {dataset.summary()}")
+    print(f"  read and checked in {opened - start:.1f} s, sorted out what fits in {measured - chosen:.1f} s")
+    print(f"  first batch after {chosen - opened + first - measured:.1f} s more: ", end="")
+    print(f"{chosen - opened:.1f} s for the CTC's tokens, {first - measured:.1f} s for the batch, one of {len(sampler)}")
+    print(f"  {time.process_time() - cpu:.1f} s of CPU in all; at most {peak:.0f} MB resident beyond the imports")
+    workers = [worker.pid for worker in batches._workers]
+    for step in range(2, steps + 1):
+        next(batches)
+        if step in {round(steps * part) for part in (0.1, 0.25, 0.5, 0.75, 1)}:
+            own = " + ".join(f"{private(pid):.0f}" for pid in workers)
+            print(f"  after {step} steps: {resident():.0f} MB resident, workers' own {own} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=1_000_000)
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--llm", default=str(ROOT / "demo/models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--manifest", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--splice", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.manifest:
+        return open_and_read(args.manifest, args.llm, args.splice, args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), args.lines, args.longest)
+        for splice in ("tokens", "frames"):
+            flags = ["--manifest", path, "--splice", splice, "--llm", args.llm, "--steps", str(args.steps)]
+            subprocess.run([sys.executable, __file__, *map(str, flags)], check=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
