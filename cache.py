@@ -87,31 +87,20 @@ class EncoderCache:
             Path(partial).unlink(missing_ok=True)
             raise
 
-
-def encode_once(dataset: "SpeechDataset", encoder: Encoder, cache: EncoderCache, rank: int = 0, ranks: int = 1) -> None:
-    """Put into `cache` what it lacks of the dataset's clips: each process hashes, checks and encodes its share, then all
-    learn the names of all."""
-    share = range(rank, len(dataset), ranks)
-    digests = np.zeros((len(share), DIGEST), np.uint8)
-    for row, index in enumerate(tqdm(share, desc="encoding", unit="clip", disable=None if rank == 0 else True)):
-        digest = cache.digest(dataset.record(index).wav)
-        if not cache.has(digest):
-            cache.write(digest, encoder, dataset.log_mel(index))
-        digests[row] = np.frombuffer(digest, np.uint8)
-    shares: list[Any] = [digests] * ranks
-    if ranks > 1:
-        torch.distributed.all_gather_object(shares, digests)
-    names = np.zeros((len(dataset), DIGEST), np.uint8)
-    for process, part in enumerate(shares):
-        names[process::ranks] = part
-    dataset.cache, dataset.digests = cache, names
-
-
-def encode_for_training(dataset: "SpeechDataset", model: Any, cache_dir: str, args: Any) -> None:
-    """The frozen encoder's output of each clip, each process its share."""
-    from model import gathered
-
-    encoder, device = model.encoder.to(args.device), args.device
-    with gathered(model.encoder.parameters()), torch.no_grad():
-        encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
-        encode_once(dataset, encode, EncoderCache(cache_dir, dataset.settings), args.process_index, args.world_size)
+    def fill(self, dataset: "SpeechDataset", encoder: Encoder, rank: int = 0, ranks: int = 1) -> None:
+        """Put in what is lacking of the dataset's clips, and tell the dataset: each process hashes, checks and encodes its
+        share, then all learn the names of all."""
+        share = range(rank, len(dataset), ranks)
+        digests = np.zeros((len(share), DIGEST), np.uint8)
+        for row, index in enumerate(tqdm(share, desc="encoding", unit="clip", disable=None if rank == 0 else True)):
+            digest = self.digest(dataset.record(index).wav)
+            if not self.has(digest):
+                self.write(digest, encoder, dataset.log_mel(index))
+            digests[row] = np.frombuffer(digest, np.uint8)
+        shares: list[Any] = [digests] * ranks
+        if ranks > 1:
+            torch.distributed.all_gather_object(shares, digests)
+        names = np.zeros((len(dataset), DIGEST), np.uint8)
+        for process, part in enumerate(shares):
+            names[process::ranks] = part
+        dataset.cache, dataset.digests = self, names

@@ -52,7 +52,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.cache: EncoderCache | None = None
         self.digests = np.zeros((0, 0), np.uint8)  # of each kept clip, its name in the cache
         samples = measure(manifest)
-        self.kept, self.dropped = self.limits.sort_out(samples, (row.txt for row in manifest.rows()))
+        self.kept, self.dropped = self.limits.sort_out(samples, manifest.texts())
         self.lengths = samples[self.kept]  # at 16 kHz
         if not len(self.kept):
             raise InputError(f"{manifest}: no clip is left to train on: {self.summary()}")

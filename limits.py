@@ -8,6 +8,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import islice, pairwise
 
 import numpy as np
@@ -155,15 +156,17 @@ class WordCosts(dict):
 
     def __init__(self, prompt: Prompt) -> None:
         super().__init__()
-        self.prompt = prompt
+        self.backend, self.spelling = prompt.tokenizer.backend_tokenizer, prompt.spelling
+        self.backend.encode_special_tokens = True  # a special token in a transcript is text
+        self.whole = cache(lambda id: self.spelling.whole([id]))
 
     def __missing__(self, word: str) -> int:
-        ids = self.prompt.tokenizer(f" {word}", add_special_tokens=False, split_special_tokens=True).input_ids
-        cost, spelling = len(ids), self.prompt.spelling
-        if spelling:
-            classes = spelling(ids)
+        ids = self.backend.encode(f" {word}", add_special_tokens=False).ids
+        cost = len(ids)
+        if self.spelling:
+            classes = self.spelling(ids)
             needed = frames_needed({"ctc_labels": classes}) + (len(classes) == 1)
-            cost += len(classes) + NEEDED * needed + (0 if spelling.whole(ids) else UNSPELLED)
+            cost += len(classes) + NEEDED * needed + (0 if all(map(self.whole, ids)) else UNSPELLED)
         if not word.isprintable():  # line breaks and the like are split by their neighbours: tokenize the whole text
             cost += UNSPELLED
         if len(self) < MOST_WORDS:
@@ -175,7 +178,8 @@ def _parts_at_spaces(prompt: Prompt) -> bool:
     """Whether the tokenizer parts a text before every space, so that its words can be tokenized one by one."""
     probe = "a b 12 .c 'd \u5b57 \u00e9 e  f"
     tokens = lambda text: answer_ids(prompt.tokenizer, text, spoken=True)  # noqa: E731
-    return tokens(probe) == [id for word in probe.split(" ") for id in prompt.tokenizer(f" {word}").input_ids]
+    after_space = lambda word: answer_ids(prompt.tokenizer, f" {word}", spoken=False)  # noqa: E731
+    return tokens(probe) == [id for word in probe.split(" ") for id in after_space(word)]
 
 
 def _strange_bytes(prompt: Prompt) -> np.ndarray:

@@ -79,8 +79,8 @@ def _of(looked: int, total: int, what: str) -> str:
 def overlap(train_set: SpeechDataset, eval_set: SpeechDataset) -> list[str]:
     """How many of the evaluation's texts stand in the training set too, by one pass over its manifest."""
     plain = lambda text: " ".join(text.lower().split())  # noqa: E731
-    heard = Counter(hash(plain(row.txt)) for row in eval_set.manifest.rows())
-    seen = {text for row in train_set.manifest.rows() if (text := hash(plain(row.txt))) in heard}
-    both, total = sum(heard[text] for text in seen), heard.total()
+    heard = Counter(hash(plain(text)) for text in eval_set.manifest.texts())
+    seen = {key for text in train_set.manifest.texts() if (key := hash(plain(text))) in heard}
+    both, total = sum(heard[key] for key in seen), heard.total()
     line = f"  {both} of its {total} texts stand in the training set too"
     return [line + (": the evaluation will look better than it is" if both > 0.1 * total else "")]

@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 from arguments import DataArguments, TrainingArguments, current_flags
 from audio import Augmentation
 from batches import BatchingTrainer, NewEpoch
-from cache import encode_for_training
+from cache import EncoderCache
 from dataset import SpeechCollator, SpeechDataset
 from manifest import TextLines, read_manifest
-from model import SpeechLLM, build_model
+from model import SpeechLLM, build_model, gathered
 from preflight import preflight
 from prompt import Prompt, Spelling, load_tokenizer
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings
@@ -69,6 +69,14 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
             continue
         return folder
     return None
+
+
+def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
+    """The frozen encoder's output of each clip, each process its share."""
+    encoder, device = model.encoder.to(args.device), args.device
+    with gathered(model.encoder.parameters()), torch.no_grad():
+        encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
+        EncoderCache(cache_dir, dataset.settings).fill(dataset, encode, args.process_index, args.world_size)
 
 
 def build_trainer(
@@ -127,7 +135,7 @@ def build_trainer(
     if data_args.preflight_only:
         raise SystemExit(0)
     if data_args.cache_dir:
-        encode_for_training(train_set, model, data_args.cache_dir, args)
+        encode_once(train_set, model, data_args.cache_dir, args)
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; several need torchrun, not nn.DataParallel
     try:
         trainer = SpeechTrainer(

@@ -9,9 +9,7 @@ is the manifest. Each measurement is a process of its own. Memory is what stands
 
 import argparse
 import json
-import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -52,15 +50,11 @@ def write(folder: Path, lines: int, longest: float) -> Path:
     return path
 
 
-def resident(pid: int | str = "self") -> float:
-    """MB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def private(pid: int | str = "self") -> float:
-    """MB that this process shares with no other: a worker's own."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean"))) / 1e3
+def status(name: str, pid: int | str = "self") -> float:
+    """MB by a line of /proc/…/status (resident: VmRSS, its peak: VmHWM) or smaps_rollup (Private_Dirty: its own)."""
+    file = "smaps_rollup" if name.startswith("Private") else "status"
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1e3
 
 
 def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
@@ -69,7 +63,7 @@ def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
     )
     settings["encoder"] |= {"n_mels": 80}
     tokenizer = load_tokenizer(llm)
-    before = resident()
+    before = status("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()
     manifest = read_manifest(path)
     opened = time.perf_counter()
@@ -78,7 +72,7 @@ def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
     chosen = time.perf_counter()
     dataset = SpeechDataset(manifest, Prompt.build(tokenizer, None, settings), settings, 512)
     measured = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+    peak = status("VmHWM") - before
     sampler = DurationSampler(dataset.lengths, 120, seed=0)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, collate_fn=SpeechCollator(), num_workers=2, prefetch_factor=2
@@ -95,8 +89,8 @@ def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
     for step in range(2, steps + 1):
         next(batches)
         if step in {round(steps * part) for part in (0.1, 0.25, 0.5, 0.75, 1)}:
-            own = " + ".join(f"{private(pid):.0f}" for pid in workers)
-            print(f"  after {step} steps: {resident():.0f} MB resident, workers' own {own} MB")
+            own = " + ".join(f"{status('Private_Dirty', pid):.0f}" for pid in workers)
+            print(f"  after {step} steps: {status('VmRSS'):.0f} MB resident, workers' own {own} MB")
 
 
 def main() -> None:
