@@ -12,6 +12,7 @@ from functools import cache
 from itertools import islice, pairwise
 
 import numpy as np
+from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
@@ -72,7 +73,7 @@ class Limits:
     def sort_out(self, samples: np.ndarray, texts: Iterator[str]) -> tuple[np.ndarray, Counter]:
         """The indices of the clips to keep, and how many are dropped by reason; samples (clips,), a text each."""
         bounds, kept, dropped = Bounds(self), np.zeros(len(samples), bool), Counter()
-        for start in range(0, len(samples), CHUNK):
+        for start in tqdm(range(0, len(samples), CHUNK), desc="what fits", delay=5, disable=None):
             some, chunk = samples[start : start + CHUNK], list(islice(texts, CHUNK))
             certain = bounds.certain(some, chunk)
             for i in np.flatnonzero(~certain):
@@ -96,11 +97,13 @@ class Bounds:
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.prompt = limits, limits.prompt
-        backend = json.loads(self.prompt.tokenizer.backend_tokenizer.to_str())
-        steps = backend["pre_tokenizer"] or {}
-        steps = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
-        self.normal = (backend["normalizer"] or {"type": None})["type"]
-        self.usable = backend["model"]["type"] == "BPE" and "ByteLevel" in steps and self.normal in (None, "NFC")
+        self.normal, self.usable = None, False
+        if backend := getattr(self.prompt.tokenizer, "backend_tokenizer", None):
+            parts = json.loads(backend.to_str())
+            steps = parts["pre_tokenizer"] or {}
+            steps = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
+            self.normal = (parts["normalizer"] or {"type": None})["type"]
+            self.usable = parts["model"]["type"] == "BPE" and "ByteLevel" in steps and self.normal in (None, "NFC")
         self.words = WordCosts(self.prompt) if self.usable and _parts_at_spaces(self.prompt) else None
         self.fixed = len(self.prompt.ids)  # prompt, marker aside, and end of turn
         self.strange = np.zeros(256, bool)  # bytes that the CTC cannot spell

@@ -63,15 +63,15 @@ def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
     )
     settings["encoder"] |= {"n_mels": 80}
     tokenizer = load_tokenizer(llm)
-    before = status("VmRSS")
-    start, cpu = time.perf_counter(), time.process_time()
+    before, marks = status("VmRSS"), [(time.perf_counter(), time.process_time())]
+    mark = lambda: marks.append((time.perf_counter(), time.process_time()))  # noqa: E731
     manifest = read_manifest(path)
-    opened = time.perf_counter()
+    mark()
     if splice == "tokens":
         settings["ctc_tokens"] = Spelling.choose(tokenizer, manifest.some_texts(), settings["ctc_merges"]).tokens
-    chosen = time.perf_counter()
+    mark()
     dataset = SpeechDataset(manifest, Prompt.build(tokenizer, None, settings), settings, 512)
-    measured = time.perf_counter()
+    mark()
     peak = status("VmHWM") - before
     sampler = DurationSampler(dataset.lengths, 120, seed=0)
     loader = torch.utils.data.DataLoader(
@@ -79,12 +79,13 @@ def open_and_read(path: Path, llm: str, splice: str, steps: int) -> None:
     )
     batches = iter(loader)
     next(batches)
-    first = time.perf_counter()
+    mark()
     print(f"{splice}: {len(manifest)} lines, {path.stat().st_size / 1e6:.0f} MB: {dataset.summary()}")
-    print(f"  read and checked in {opened - start:.1f} s, sorted out what fits in {measured - chosen:.1f} s")
-    print(f"  first batch after {chosen - opened + first - measured:.1f} s more: ", end="")
-    print(f"{chosen - opened:.1f} s for the CTC's tokens, {first - measured:.1f} s for the batch, one of {len(sampler)}")
-    print(f"  {time.process_time() - cpu:.1f} s of CPU in all; at most {peak:.0f} MB resident beyond the imports")
+    print("  seconds (of them this process computing, when others had the cores too):")
+    stages = ("read and checked", "the CTC's tokens chosen", "what fits sorted out", f"first batch, one of {len(sampler)}")
+    for stage, (wall, cpu), (wall_before, cpu_before) in zip(stages, marks[1:], marks, strict=False):
+        print(f"    {wall - wall_before:5.1f} ({cpu - cpu_before:.1f})  {stage}")
+    print(f"  at most {peak:.0f} MB resident beyond the imports")
     workers = [worker.pid for worker in batches._workers]
     for step in range(2, steps + 1):
         next(batches)
