@@ -24,6 +24,7 @@ import numpy as np
 
 from settings import InputError
 
+NUMBER = (int, float)  # int | float would be made anew for each of a million lines
 BOM = b"\xef\xbb\xbf"
 
 
@@ -53,12 +54,7 @@ class Record(NamedTuple):
     where: str  # "manifest:line", for messages
 
 
-class Row(NamedTuple):
-    key: str
-    wav: str
-    txt: str | None
-    duration: float | None
-
+Row = tuple[str, str, str | None, float | None]  # key, wav as it is written, txt, duration
 
 _scan = json.JSONDecoder().scan_once
 
@@ -97,9 +93,9 @@ def parse_line(line: bytes, path: Path, number: int, form: Form = AS_IS) -> Row:
         raise wrong(f'key {key!r} must be a text without spaces: give the line a "key"')
     if txt is not None and not isinstance(txt, str):
         raise wrong(f'field "{form.text}" is not a text')
-    if duration is not None and not (isinstance(duration, int | float) and math.isfinite(duration) and duration >= 0):
+    if duration is not None and not (isinstance(duration, NUMBER) and math.isfinite(duration) and duration >= 0):
         raise wrong('field "duration" is not a number of seconds')
-    return Row(key, wav, txt if txt is None else form.clean(txt), duration)
+    return key, wav, txt if txt is None else form.clean(txt), duration
 
 
 class Manifest(Sequence):
@@ -132,10 +128,10 @@ class Manifest(Sequence):
         path = self.file_of(index)
         with path.open("rb") as file:
             file.seek(self.offsets[index])
-            row = parse_line(file.readline(), path, self.lines[index], self.form)
-        beside = path.parent / row.wav
-        wav = beside if os.path.exists(beside) else Path(row.wav)  # False also for a name too long
-        return Record(row.key, wav, row.txt, row.duration, self.where(index))
+            key, wav, txt, duration = parse_line(file.readline(), path, self.lines[index], self.form)
+        beside = path.parent / wav
+        wav = beside if os.path.exists(beside) else Path(wav)  # False also for a name too long
+        return Record(key, wav, txt, duration, self.where(index))
 
     def texts(self) -> Iterator[str]:
         """All transcripts, in one pass over lines that read_manifest has checked."""
@@ -145,7 +141,7 @@ class Manifest(Sequence):
                 for line in islice(filter(bytes.strip, file), end - start):
                     yield self.form.clean(_loads(line.decode("utf-8").rstrip())[self.form.text])
 
-    def some_texts(self, most: int = 10_000) -> Iterator[str]:
+    def some_texts(self, most: int = 5_000) -> Iterator[str]:
         """The transcripts, or so many of them, evenly spaced."""
         if len(self) <= most:
             return self.texts()
