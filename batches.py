@@ -102,7 +102,7 @@ class DurationSampler(BatchRebalanceSampler):
 
 class NewEpoch(TrainerCallback):
     """Tells dataset and samplers their epoch: accelerate leaves out the dataset where there are several processes or a
-    resume, and after a resume of several processes the samplers too: they began again with the first epoch's order."""
+    resume, and after a resume of several processes our samplers too: they began again with the first epoch's order."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         told = train_dataloader
