@@ -71,13 +71,15 @@ class DurationSampler(BatchRebalanceSampler):
     def _round_up(self, multiple: int) -> None:
         """Deal the buckets of the largest batches to more of them; with too few clips, some stand in two batches."""
         clips = np.array([len(bucket) for bucket in self.buckets])
-        counts = np.array(self.counts)
-        for _ in range(-counts.sum() % multiple):
-            fullest = int(np.argmax(clips / counts))
-            if clips[fullest] == counts[fullest]:  # every batch is a single clip
-                self.buckets[fullest] = np.append(self.buckets[fullest], self.buckets[fullest][clips[fullest] % len(clips)])
-                clips[fullest] += 1
-            counts[fullest] += 1
+        counts, own = np.array(self.counts), clips.copy()
+        for extra in range(-counts.sum() % multiple):
+            place = int(np.argmax(clips / counts))
+            if clips[place] == counts[place]:  # every batch is a single clip: begin again
+                place = extra % len(clips)
+                bucket = self.buckets[place]
+                self.buckets[place] = np.append(bucket, bucket[clips[place] - own[place]])
+                clips[place] += 1
+            counts[place] += 1
         self.counts = counts.tolist()
 
     def set_epoch(self, epoch: int) -> None:

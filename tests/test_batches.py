@@ -60,6 +60,11 @@ def test_fewer_clips_than_processes_stand_in_several_batches():
     shares = [list(DurationSampler(lengths(2), 60, 0, process, 5)) for process in range(5)]
     assert [len(share) for share in shares] == [1] * 5
     assert {i for share in shares for batch in share for i in batch} == {0, 1}
+    of = np.full(20, 9 * RATE)  # in several buckets
+    shares = [list(DurationSampler(of, 10, 0, process, 64)) for process in range(64)]
+    times = np.bincount([i for share in shares for batch in share for i in batch])
+    assert {len(batch) for share in shares for batch in share} == {1}
+    assert set(times) == {3, 4}
 
 
 def test_accumulating_one_process_sees_the_global_batches_of_two():
