@@ -1,5 +1,6 @@
 """The flags of a training: today's, and those of older transformers with their old meaning."""
 
+import math
 import os
 import sys
 import warnings
@@ -10,12 +11,14 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from batches import check_batch_flags
+from manifest import Form
 from settings import InputError
 
 
 @dataclass
 class DataArguments:
-    data_path: str | None = field(default=None, metadata={"help": "Training manifest (jsonl)."})
+    data_path: list[str] | None = field(default=None, metadata={"help": "Training manifests (jsonl)."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Manifest to measure the loss on."})
     text_data_path: str | None = field(
         default=None,
@@ -29,6 +32,23 @@ class DataArguments:
     speed_perturb: bool = field(default=False, metadata={"help": "Clips 0.9, 1 or 1.1 times as fast."})
     noise_snr: float | None = field(default=None, metadata={"help": "Add white noise, so many dB below the speech."})
     spec_augment: bool = field(default=False, metadata={"help": "Mask bands and spans (SpecAugment)."})
+    audio_column_name: str = field(default="wav", metadata={"help": "The field of a manifest that names the audio file."})
+    text_column_name: str = field(default="txt", metadata={"help": "The field of a manifest that holds the transcript."})
+    text_lowercase: bool = field(default=False, metadata={"help": "Transcripts (and other text) in small letters."})
+    chars_to_ignore: list[str] | None = field(
+        default=None, metadata={"help": "Characters to leave out of transcripts (and other text): , . ? …"}
+    )
+    min_duration_in_seconds: float | None = field(default=None, metadata={"help": "Shorter clips are dropped, counted."})
+    max_duration_in_seconds: float | None = field(default=None, metadata={"help": "Longer clips are dropped, counted."})
+    preflight_only: bool = field(default=False, metadata={"help": "Say what the data are like, and stop."})
+
+    def form(self) -> Form:
+        return Form(self.audio_column_name, self.text_column_name, self.text_lowercase, "".join(self.chars_to_ignore or ()))
+
+    def check(self) -> None:
+        shortest, longest = self.min_duration_in_seconds or 0, self.max_duration_in_seconds or math.inf
+        if not 0 <= shortest < longest:
+            raise InputError("--min_duration_in_seconds must be at least 0 and less than --max_duration_in_seconds")
 
 
 @dataclass
@@ -57,6 +77,9 @@ class TrainingArguments(transformers.TrainingArguments):
     prediction_loss_only: bool = True
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps to warm up in."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over, whatever --output_dir holds."})
+    batch_seconds: float | None = field(
+        default=None, metadata={"help": "Batches of so many seconds, padding included, instead of so many clips."}
+    )
     group_by_length: bool = field(default=False, metadata={"help": "Batches of clips of about the same length."})
     adafactor: bool = field(default=False, metadata={"help": "The same as --optim adafactor."})
     logging_dir: str | None = field(default=None, metadata={"help": "Where TensorBoard's files go."})
@@ -72,6 +95,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.label_names = self.label_names or ["labels"]  # not ctc_labels too: the frame splice has none
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
+        check_batch_flags(self)
         if self.adafactor:
             self.optim = "adafactor"
         if self.logging_dir:

@@ -131,12 +131,12 @@ def speech_lengths(samples: Any, stride: int) -> SpeechLengths:
     return SpeechLengths(mel, encoder, encoder // stride)
 
 
-def speech_vectors(samples: int, settings: dict) -> int:
-    """How many projector vectors `samples` at 16 kHz yield under a checkpoint's settings; 0 when they are too few."""
-    if samples <= N_FFT // 2:  # the spectrogram reflects half a window at each end
-        return 0
+def speech_vectors(samples: Any, settings: dict) -> Any:
+    """How many projector vectors `samples` at 16 kHz (int or array) yield under a checkpoint's settings; 0 when they are
+    too few."""
     padded = N_SAMPLES if settings["encoder_padding"] == "30s" else samples
-    return speech_lengths(padded, settings["projector_stride"]).speech
+    enough = samples > N_FFT // 2  # the spectrogram reflects half a window at each end
+    return speech_lengths(padded, settings["projector_stride"]).speech * enough
 
 
 def log_mel(audio: np.ndarray, n_mels: int, encoder_padding: str = "none") -> Tensor:

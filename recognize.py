@@ -28,7 +28,8 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 from audio import load_audio, log_mel, speech_vectors
 from ctc import greedy_path
-from dataset import Manifest, Record, SpeechCollator, read_manifest
+from dataset import SpeechCollator
+from manifest import Manifest, Record, read_manifest
 from model import SpeechLLM, build_model
 from prompt import Prompt, load_tokenizer
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings, weights_file

@@ -19,39 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from arguments import DataArguments, TrainingArguments, current_flags
 from audio import Augmentation
-from dataset import EncoderCache, SpeechCollator, SpeechDataset, TextLines, read_manifest
+from batches import BatchingTrainer, NewEpoch
+from cache import EncoderCache
+from dataset import SpeechCollator, SpeechDataset
+from manifest import TextLines, read_manifest
 from model import SpeechLLM, build_model, gathered
+from preflight import preflight
 from prompt import Prompt, Spelling, load_tokenizer
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, read_settings, resolve_settings
 from watch import check, dev_metrics, launch_command, watchers
 
 
-class LengthSampler(LengthGroupedSampler):
-    """Batches of like lengths, another order each epoch, the same after a resume."""
-
-    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
-class NewEpoch(TrainerCallback):
-    """Tells the dataset its epoch: accelerate tells the sampler only, where there are several processes or a resume."""
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
-
-
-class SpeechTrainer(Trainer):
+class SpeechTrainer(BatchingTrainer):
     """The Trainer, saving what is trained instead of everything."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -90,13 +74,6 @@ class SpeechTrainer(Trainer):
             engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        dataset = train_dataset or self.train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthSampler(size, dataset.lengths, self.args.seed)
-
 
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint-N of the highest N whose trainer_state.json, which is written last, can be read."""
@@ -115,9 +92,7 @@ def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: 
     encoder, device = model.encoder.to(args.device), args.device
     with gathered(model.encoder.parameters()), torch.no_grad():
         encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
-        dataset.encode_once(encode, EncoderCache(cache_dir, dataset.settings), args.process_index, args.world_size)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        EncoderCache(cache_dir, dataset.settings).fill(dataset, encode, args.process_index, args.world_size)
 
 
 def build_trainer(
@@ -145,10 +120,12 @@ def build_trainer(
         raise InputError("--text_share must be at least 0 and below 1")
     if not 0 <= args.projector_dropout < 1:
         raise InputError("--projector_dropout must be at least 0 and below 1")
-    manifest = read_manifest(data_args.data_path)
+    data_args.check()
+    form = data_args.form()
+    manifest = read_manifest(data_args.data_path, form=form)
     tokenizer = load_tokenizer(settings["llm"]["name"])
     if settings["splice"] == "tokens" and "ctc_tokens" not in settings:
-        texts = (record.txt for record in manifest)
+        texts = manifest.some_texts()
         settings["ctc_tokens"] = Spelling.choose(tokenizer, texts, settings["ctc_merges"]).tokens
     prompt = Prompt.build(tokenizer, model_args.prompt, settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -160,19 +137,20 @@ def build_trainer(
     augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)
     if data_args.cache_dir and (data_args.speed_perturb or data_args.noise_snr is not None):
         raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or --speed_perturb and --noise_snr")
-    texts = TextLines(data_args.text_data_path) if data_args.text_data_path else ()
-    train_set = SpeechDataset(
-        manifest, prompt, settings, args.model_max_length, augmentation, args.seed, texts, data_args.text_share
-    )
+    texts = TextLines(data_args.text_data_path, form) if data_args.text_data_path else ()
+    durations = {"shortest": data_args.min_duration_in_seconds, "longest": data_args.max_duration_in_seconds}
+    make_set = partial(SpeechDataset, prompt=prompt, settings=settings, max_length=args.model_max_length, **durations)
+    train_set = make_set(manifest, augmentation=augmentation, seed=args.seed, texts=texts, text_share=data_args.text_share)
     eval_set = None
     if data_args.eval_data_path:
-        eval_set = SpeechDataset(read_manifest(data_args.eval_data_path), prompt, settings, args.model_max_length)
+        eval_set = make_set(read_manifest(data_args.eval_data_path, form=form, unique=True))
     if args.process_index == 0:
         print(f"projector: {model.projector.size()} (÷ 1024²) parameters")
-        print(f"{data_args.data_path}: {train_set.summary()}")
-        print(f"{data_args.eval_data_path}: {eval_set.summary()}" if eval_set else "no evaluation set")
+        preflight(train_set, eval_set)
         print(f"continuing from {resume}" if resume else f"starting from {start or 'an untrained projector'}", flush=True)
 
+    if data_args.preflight_only:
+        raise SystemExit(0)
     if data_args.cache_dir:
         encode_once(train_set, model, data_args.cache_dir, args)
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; several need torchrun, not nn.DataParallel

@@ -32,7 +32,8 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
-from dataset import SpeechDataset, read_manifest
+from dataset import SpeechDataset
+from manifest import read_manifest
 from model import SpeechLLM
 from recognize import DecodeArguments, Transcriber, recognize
 from score import normalizer, score
@@ -169,7 +170,7 @@ class Clock(TrainerCallback):
     def loss_of_the_llm(self) -> float:
         model, train_set = self.trainer.model, self.trainer.train_dataset
         weight, model.ctc_weight = model.ctc_weight, 0.0
-        dev_set = SpeechDataset(self.dev, train_set.prompt, train_set.settings, train_set.max_length)
+        dev_set = SpeechDataset(self.dev, train_set.prompt, train_set.settings, train_set.limits.max_length)
         loss = self.trainer.evaluate(dev_set)["eval_loss"]
         model.ctc_weight = weight
         model.train()

@@ -17,7 +17,7 @@ import whisper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
-from dataset import Record, read_manifest
+from manifest import Record, read_manifest
 from recognize import DecodeArguments, Transcriber, recognize, use_shipped
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path, heard_as
-from dataset import SpeechCollator, SpeechDataset, TextLines, read_manifest
+from dataset import SpeechCollator, SpeechDataset
+from manifest import TextLines, read_manifest
 from model import add_lora
 from prompt import Spelling, load_tokenizer
 from recognize import DecodeArguments, Transcriber

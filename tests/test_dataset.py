@@ -10,7 +10,8 @@ import torch
 from conftest import RATE, audio, build_system, byte_tokenizer, write_clip, write_manifest
 
 from audio import count_samples, load_audio
-from dataset import SpeechCollator, SpeechDataset, read_manifest
+from dataset import SpeechCollator, SpeechDataset
+from manifest import read_manifest
 from prompt import PromptText, render
 from settings import IGNORE_INDEX, SPEECH_INDEX, InputError
 
