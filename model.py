@@ -289,8 +289,8 @@ class SpeechLLM(nn.Module):
         cache = DynamicCache(config=self.llm.config) if shared else None
         if shared:
             trained = self.soft_prompt is not None or any(p.requires_grad for p in self.llm.parameters())
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-                llm(inputs_embeds=embeds[:1, :shared], cache=cache, use_cache=True)
+            first = embeds[:1, :shared] if trained else embeds[:1, :shared].detach()
+            llm(inputs_embeds=first, cache=cache, use_cache=True)
             cache.batch_repeat_interleave(len(embeds))
         rest = embeds[:, shared:]
         return llm(inputs_embeds=rest, attention_mask=mask, cache=cache, use_cache=bool(shared)).last_hidden_state
