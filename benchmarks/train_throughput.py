@@ -34,6 +34,7 @@ from unittest.mock import patch
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import whisper
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -176,23 +177,40 @@ def useful_flops(model: SpeechLLM, batch: dict[str, Tensor]) -> float:
     return float(total + 4 * config.vocab_size * config.hidden_size * supervised)
 
 
-def hear_well(model: SpeechLLM, batch: dict[str, Tensor]) -> Tensor:
-    """The loss, with the clip's own tokens on the CTC's path."""
+@dataclass
+class WithPath:
+    """A batch and `path` (B, N): its CTC classes spread evenly over each clip's vectors, blanks between them."""
 
-    def put(_: nn.Module, __: tuple, log_probs: Tensor) -> Tensor:
-        path = torch.full(log_probs.shape[:2], log_probs.shape[-1] - 1, device=log_probs.device)
-        vectors = (batch["mel_length"] + 1) // 2 // model.projector.stride
+    stride: int
+    blank: int
+
+    def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
+        batch = SpeechCollator()(examples)
+        vectors = (batch["mel_length"] + 1) // 2 // self.stride  # (B,)
+        path = torch.full((len(vectors), int(vectors.max())), self.blank)
         for row, labels, length in zip(path, batch["ctc_labels"], vectors.tolist(), strict=True):
             labels = labels[labels != IGNORE_INDEX]
-            row[torch.linspace(0, length - 1, 2 * len(labels) + 1, device=row.device).long()[1::2]] = labels
-        return (log_probs + 50 * nn.functional.one_hot(path, log_probs.shape[-1])).log_softmax(-1)
+            row[torch.linspace(0, length - 1, 2 * len(labels) + 1).long()[1::2]] = labels
+        return batch | {"path": path}
 
-    handle = model.ctc.register_forward_hook(put) if not model.aligning else None
+
+def loss_of(model: SpeechLLM, batch: dict[str, Tensor]) -> Tensor:
+    """The loss; where the LLM reads soft tokens, as if the CTC had heard the batch's path."""
+    path = batch.get("path")
+    batch = {name: value for name, value in batch.items() if name != "path"}
+    if path is None or model.aligning:
+        return model(**batch)["loss"]
+
+    def hear(_: nn.Module, __: tuple, log_probs: Tensor) -> Tensor:
+        classes = log_probs.shape[-1]
+        heard = F.pad(path, (0, log_probs.shape[1] - path.shape[1]), value=classes - 1)
+        return (log_probs + 50 * F.one_hot(heard, classes)).log_softmax(-1)
+
+    handle = model.ctc.register_forward_hook(hear)
     try:
         return model(**batch)["loss"]
     finally:
-        if handle:
-            handle.remove()
+        handle.remove()
 
 
 def llm_config(shape: str) -> PreTrainedConfig:
@@ -221,9 +239,9 @@ class Bench:
     def load_llm(self, name: str, dtype: torch.dtype | str = "auto") -> nn.Module:
         if not self.args.llm_shape:
             return self.original(name, dtype=dtype)
-        with torch.device(self.device):
-            dtype = self.dtype if dtype == "auto" else dtype
-            return AutoModelForCausalLM.from_config(llm_config(self.args.llm_shape), dtype=dtype)
+        dtype = self.dtype if dtype == "auto" else dtype
+        with torch.device(self.device):  # a GPU draws the weights at once
+            return AutoModelForCausalLM.from_config(llm_config(self.args.llm_shape), dtype=dtype).to("cpu")
 
     original = staticmethod(AutoModelForCausalLM.from_pretrained)
 
@@ -271,13 +289,14 @@ class Bench:
     def our_row(self, name: str, model: SpeechLLM, data: SpeechDataset, aligning: bool) -> Row:
         def loss(batch: dict[str, Tensor]) -> Tensor:
             model.aligning = aligning
-            return hear_well(model, batch) if model.ctc else model(**batch)["loss"]
+            return loss_of(model, batch)
 
         def flops(batch: dict[str, Tensor]) -> float:
             model.aligning = aligning
             return useful_flops(model, batch)
 
-        return Row(name, model, data, SpeechCollator(), loss, self.device, self.dtype, self.clock, flops)
+        collate = WithPath(model.projector.stride, len(model.ctc.directions)) if model.ctc else SpeechCollator()
+        return Row(name, model, data, collate, loss, self.device, self.dtype, self.clock, flops)
 
 
 def samples(row: Row, place: int) -> int:
@@ -285,12 +304,15 @@ def samples(row: Row, place: int) -> int:
 
 
 def batches_of(rows: list[Row], clips: int, size: int, by_length: bool = True) -> list[list[int]]:
-    """Some clips that every row can use, the same in every call, in batches of about one length."""
+    """Some of the clips that every row can use, the same in every call, in batches: random ones, or all clips sorted by
+    length and cut into batches, of which these are evenly taken."""
     usable = sorted(set.intersection(*(set(row.index) for row in rows)))
-    places = np.random.default_rng(0).permutation(usable)[:clips].tolist()
+    places = np.random.default_rng(0).permutation(usable).tolist()
     if by_length:
         places.sort(key=lambda place: samples(rows[-1], place))
-    return [places[i : i + size] for i in range(0, len(places), size)]
+    batches = [places[i : i + size] for i in range(0, len(places), size)]
+    count = min(max(clips // size, 1), len(batches))
+    return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
 
 def mean_seconds(row: Row, batches: list[list[int]]) -> float:
@@ -497,7 +519,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if has_bf16 else "float32")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--clips", type=int, default=64, help="in each repetition of (b)")
+    parser.add_argument("--clips", type=int, default=96, help="in each repetition of (b)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--random_batches", action="store_true", help="clips of any length in a batch, in the part ratio")
     parser.add_argument("--sweep_clips", type=int, default=32, help="in each point of the parts batch_sizes and cache")
