@@ -156,7 +156,7 @@ class SpeechLLM(nn.Module):
         self.settings = settings
         self.aligning = False  # train by CTC alone, without the LLM
         self.ctc_weight = 0.0  # of the CTC beside the LLM's cross-entropy
-        self.share_prompt = not torch.accelerator.is_available()  # there two passes are more launches than work is saved
+        self.share_prompt = not torch.accelerator.is_available()  # a GPU's cost is launches: not measured there
         self.train(False)
 
     @property
