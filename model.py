@@ -156,6 +156,7 @@ class SpeechLLM(nn.Module):
         self.settings = settings
         self.aligning = False  # train by CTC alone, without the LLM
         self.ctc_weight = 0.0  # of the CTC beside the LLM's cross-entropy
+        self.share_prompt = not torch.accelerator.is_available()  # a GPU's cost is launches: not measured there
         self.train(False)
 
     @property
@@ -265,12 +266,34 @@ class SpeechLLM(nn.Module):
             self.settings["llm_reads"] |= self.training
             speech, length = self._read(log_probs, length, ctc_labels)  # (B + R, S, D)
         embeds, mask, labels = self.splice(input_ids, attention_mask, speech, length, labels)  # (B, T', D), (B, T')
-        hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        shared = self._shared(input_ids, attention_mask)
+        hidden, labels = self._think(embeds, mask, shared), labels[:, shared:]  # (B, T' - shared, D)
         target = labels[:, 1:]
         supervised = target != IGNORE_INDEX  # (B, T' - 1)
         logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # (supervised, V)
         total = F.cross_entropy(logits, target[supervised], reduction="sum")
         return {"loss": total / items + loss, "logits": logits}
+
+    def _shared(self, input_ids: Tensor, attention_mask: Tensor) -> int:
+        """With how many tokens every row begins (the prompt before the speech), where it pays to read them once for all."""
+        sharded = hasattr(next(self.llm.parameters()), "ds_id")  # ranks gather equally often, whatever their batches
+        if not self.share_prompt or sharded or len(input_ids) == 1 or self.llm.is_activation_checkpointing:
+            return 0
+        alike = (input_ids == input_ids[0]) & (input_ids != SPEECH_INDEX) & attention_mask.bool()  # (B, T)
+        return int(alike.all(0).cumprod(0).sum())
+
+    def _think(self, embeds: Tensor, mask: Tensor, shared: int) -> Tensor:
+        """The LLM's last hidden states (B, T - shared, D). The first `shared` positions, alike in every row, are read once:
+        attention is causal, so that what follows finds the same keys and values."""
+        llm = self.llm.base_model
+        cache = DynamicCache(config=self.llm.config) if shared else None
+        if shared:
+            trained = self.soft_prompt is not None or any(p.requires_grad for p in self.llm.parameters())
+            first = embeds[:1, :shared] if trained else embeds[:1, :shared].detach()
+            llm(inputs_embeds=first, cache=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(embeds))
+        rest = embeds[:, shared:]
+        return llm(inputs_embeds=rest, attention_mask=mask, cache=cache, use_cache=bool(shared)).last_hidden_state
 
     def _read(self, log_probs: Tensor, length: Tensor, ctc_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Soft tokens of B clips (B, N, V + 1), and of the texts that ctc_labels (B + R, L) has beyond them."""

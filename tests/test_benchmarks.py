@@ -1,0 +1,73 @@
+"""The benchmarks run, and count what they say they count."""
+
+import itertools
+import re
+import sys
+
+import pytest
+import torch
+from conftest import DATA, RATE, ROOT, run_script
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import train_throughput
+
+
+def cells(output: str, head: str) -> dict[str, list[str]]:
+    """Rows of the printed table whose first column is called `head`, by their first cells."""
+    lines = iter(output.splitlines())
+    next(line for line in lines if line.startswith(f"| {head} |"))
+    next(lines)  # under the head
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {name: rest for name, *rest in rows}
+
+
+def test_train_throughput_prints_every_table(tiny):
+    done = run_script(
+        *(sys.executable, "benchmarks/train_throughput.py", "--llm", tiny.qwen2, "--whisper", tiny.whisper),
+        *("--data_path", tiny.manifest, "--device", "cpu", "--dtype", "float32", "--profile", "--threads", "1"),
+        *("--clips", "4", "--batch_size", "2", "--repetitions", "1", "--sweep_clips", "4"),
+        *("--batch_sizes", "1", "4", "--lengths", "1", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    ratio = cells(done.stdout, "row")
+    assert list(ratio) == ["published", "frames", "tokens, align", "tokens, LLM", "tokens"]
+    published, align, llm, both = (float(ratio[name][0]) for name in ("published", "tokens, align", "tokens, LLM", "tokens"))
+    assert both == pytest.approx(2 / (1 / align + 1 / llm), rel=0.05)  # half of the steps each
+    assert float(ratio["frames"][2]) == pytest.approx(float(ratio["frames"][0]) / published, rel=0.05)
+    assert list(cells(done.stdout, "batch size")) == ["1", "4"]
+    assert list(cells(done.stdout, "clips of")) == ["1 s", "2 s"]
+    assert re.search(r"matrix products +\|", done.stdout)
+    assert "kB a second" in done.stdout
+
+
+def test_a_mistake_is_one_line(tiny):
+    done = run_script(sys.executable, "benchmarks/train_throughput.py", "--llm", tiny.qwen2, "--data_path", "none.jsonl")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: none.jsonl")
+
+
+@pytest.mark.parametrize("name", train_throughput.OURS)
+def test_useful_operations_are_those_that_a_batch_without_padding_executes(real, name):
+    """One clip twice, so nothing is padding: the formula is what PyTorch counts of the products it runs, less the upper
+    half of the LLM's causal attention, which eager attention computes and masks."""
+    argv = ["--llm", str(real.llm), "--whisper", str(real.whisper), "--device", "cpu", "--dtype", "float32"]
+    bench = train_throughput.Bench(train_throughput.arguments(argv), DATA / "train.jsonl")
+    (row,) = bench.rows([name])
+    row.model.encoder.whisper.config._attn_implementation = "eager"  # the fused kernel is not counted
+    place = min(row.index, key=lambda place: abs(train_throughput.samples(row, place) - 4 * RATE))
+    batch = row.batch([place, place])
+    with FlopCounterMode(display=False) as counter:
+        row.forward_backward(batch)
+    assert 0.93 < row.flops(batch) / counter.get_total_flops() <= 1.005
+
+
+def test_the_published_shape_is_padded_to_512_positions(real):
+    argv = ["--llm", str(real.llm), "--whisper", str(real.whisper), "--device", "cpu"]
+    row = train_throughput.Bench(train_throughput.arguments(argv), DATA / "train.jsonl").published()
+    example = row.data[0]
+    assert example["mel"].shape == (80, 3000)
+    assert all(example[key].shape == (512,) for key in ("input_ids", "labels", "attention_mask"))
+    text = row.data.tokenizer.decode(example["labels"][example["labels"] != -100])
+    assert "activated" in text
+    assert torch.equal(example["attention_mask"][300:], example["labels"][300:] != -100)
