@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from whisper.audio import HOP_LENGTH, N_SAMPLES
 
 from audio import load_audio
-from dataset import Record
+from manifest import Record
 from settings import IGNORE_INDEX
 
 STRIDE, HIDDEN = 5, 2048  # of its projector

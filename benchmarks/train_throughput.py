@@ -45,7 +45,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from published import PublishedData, PublishedModel
 
 from audio import SAMPLE_RATE, load_audio
-from dataset import SpeechCollator, SpeechDataset, read_manifest
+from dataset import SpeechCollator, SpeechDataset
+from manifest import read_manifest
 from model import SpeechLLM, build_model
 from prompt import Prompt, Spelling, load_tokenizer
 from settings import IGNORE_INDEX, SPEECH_INDEX, InputError, ModelArguments, one_line_errors, resolve_settings
