@@ -190,7 +190,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         """`texts` are read without speech: drawn anew in each epoch, they are `text_share` of the examples."""
         self.manifest, self.prompt, self.settings, self.max_length = manifest, prompt, settings, max_length
         self.texts, self.texts_per_clip = texts, text_share / (1 - text_share) if texts else 0.0
-        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+        self.augmentation, self.seed = augmentation, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # a data worker that persists must hear of it
         self.cache: list[Path] = []  # of each kept clip, the encoder's output
         self.kept, self.lengths, self.dropped = array("q"), array("l"), Counter()  # lengths in samples
         for index, record in enumerate(manifest):
@@ -243,7 +244,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return len(self.kept)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def encode_once(self, encoder: Encoder, cache: EncoderCache, rank: int = 0, ranks: int = 1) -> None:
         """Put the frozen encoder's output of this process's share of the clips into `cache`, unless it is there."""
@@ -254,9 +255,9 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example: dict[str, Any] = tensors(self.prompt.example(self.manifest[self.kept[index]].txt))
-        rng = np.random.default_rng([self.seed, self.epoch, index])
+        rng = np.random.default_rng([self.seed, int(self.epoch), index])
         if self.texts:
-            draw = np.random.default_rng([self.seed, self.epoch, index, 1])
+            draw = np.random.default_rng([self.seed, int(self.epoch), index, 1])
             example["texts"] = [self._text(draw) for _ in range(int(self.texts_per_clip + draw.random()))]
         if self.cache:
             return example | {"encoded": self.augmentation.encoded(torch.from_numpy(np.load(self.cache[index])), rng)}

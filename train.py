@@ -8,17 +8,15 @@ Every flag of transformers' TrainingArguments works, those that transformers 5 r
 continues from the newest complete checkpoint in --output_dir. The trained weights end up in --output_dir itself.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +25,7 @@ from audio import Augmentation
 from dataset import EncoderCache, SpeechCollator, SpeechDataset, TextLines, read_manifest
 from model import SpeechLLM, build_model, gathered
 from prompt import Prompt, Spelling, load_tokenizer
+from resume import STOPPED, ResumableTrainer, checkpoint_to_resume, leave_together, only_training, told_if_full
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings
 
 
@@ -49,7 +48,7 @@ class NewEpoch(TrainerCallback):
         train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
-class SpeechTrainer(Trainer):
+class SpeechTrainer(ResumableTrainer):
     """The Trainer, saving what is trained instead of everything."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -68,30 +67,12 @@ class SpeechTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # by default every frozen weight would be in global_stepN
-            engine = self.model_wrapped
-            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
-        super()._save_optimizer_and_scheduler(output_dir)
-
     def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         dataset = train_dataset or self.train_dataset
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthSampler(size, dataset.lengths, self.args.seed)
-
-
-def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint-N of the highest N whose trainer_state.json, which is written last, can be read."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
 
 
 def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
@@ -111,9 +92,8 @@ def build_trainer(
     if not data_args.data_path:
         raise InputError("give --data_path, the training manifest (jsonl)")
     set_seed(args.seed)
-    resume = args.resume_from_checkpoint
-    if resume in (None, "True", "true"):  # true is transformers' word for the newest
-        resume = None if args.overwrite_output_dir else newest_complete_checkpoint(args.output_dir)
+    asked, fresh = args.resume_from_checkpoint, args.overwrite_output_dir
+    resume = checkpoint_to_resume(args.output_dir, asked, fresh, bool(args.deepspeed))
     start = resume or model_args.start()
     if args.overwrite_output_dir and start and Path(args.output_dir).resolve() in Path(start).resolve().parents:
         raise InputError(f"--overwrite_output_dir would delete {start}, which is to be started from: give another folder")
@@ -178,10 +158,16 @@ def build_trainer(
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Build, resume if there is something to resume from, train, save; raises InputError."""
-    trainer, resume = build_trainer(model_args, data_args, args)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.save_state()
-    trainer.save_model()
+    with only_training(args.output_dir):
+        trainer, resume = build_trainer(model_args, data_args, args)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if not trainer.interrupted:
+            with told_if_full(args.output_dir, args.output_dir):
+                trainer.save_state()
+                trainer.save_model()
+        leave_together()
+    if trainer.interrupted:
+        raise SystemExit(STOPPED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
