@@ -49,7 +49,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def flaw(folder: str | Path) -> str:
-    """Why a training cannot continue from this checkpoint ("" if it can): a file of any process that is not there, or cut."""
+    """Why a training cannot continue from this checkpoint ("" if it can): a file of any process is gone, or cut."""
     folder = Path(folder)
     try:
         processes = json.loads((folder / RESUME).read_text(encoding="utf-8"))["processes"]
@@ -118,8 +118,8 @@ def checkpoint_to_resume(output_dir: str | Path, asked: str | None, overwrite: b
             then, now = (_processes(stored["processes"], stored["deepspeed"]), _processes(_world_size(), deepspeed))
             if then != now:
                 raise InputError(
-                    f"{resume} was trained by {then}, this is {now}: start as many again, or a new training from its weights "
-                    f"alone: --checkpoint {resume} --output_dir NEW"
+                    f"{resume} was trained by {then}, this is {now}: start as many again, or a new training from its "
+                    f"weights alone: --checkpoint {resume} --output_dir NEW"
                 )
         return resume
 
@@ -220,13 +220,13 @@ def told_if_full(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error) and "file write" not in str(error):
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's word
             raise
         free = shutil.disk_usage(output_dir).free / 1e9
         newest, _ = newest_complete_checkpoint(output_dir)
         raise InputError(
-            f"cannot write {folder} ({first_line(error)}; {free:.1f} GB are free): make room (--save_total_limit 2 keeps two "
-            f"checkpoints) and start again, it continues from {newest or 'the beginning'}"
+            f"cannot write {folder} ({first_line(error)}; {free:.1f} GB are free): make room (--save_total_limit 2 keeps "
+            f"two checkpoints) and start again, it continues from {newest or 'the beginning'}"
         ) from None
 
 

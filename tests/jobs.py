@@ -43,7 +43,7 @@ class Job:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank{rank}.log" for rank in range(ranks)]
         for log in self.logs:
-            log.unlink(missing_ok=True)
+            log.write_text("")
         together = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         together |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         if ranks == 1 and "--deepspeed" not in argv:
