@@ -220,8 +220,11 @@ def told_if_full(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's word
-            raise
+        if isinstance(error, RuntimeError):
+            if "gloo" in str(error) or "NCCL" in str(error):
+                raise InputError(f"{folder} is not complete: another process has ended, see what it says") from None
+            if "inline_container" not in str(error) and "iostream" not in str(error):  # torch.save's words
+                raise
         free = shutil.disk_usage(output_dir).free / 1e9
         newest, _ = newest_complete_checkpoint(output_dir)
         raise InputError(

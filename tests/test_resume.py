@@ -28,8 +28,9 @@ from dataset import SpeechDataset, read_manifest
 EVERYTHING = (
     *(*TOKENS, "3", "--lora_r", "2", "--projector_dropout", "0.1", "--spec_augment", "--speed_perturb", "--noise_snr", "20"),
     *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "8", "--save_steps", "3"),
-    *("--logging_steps", "2", "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True"),
+    *("--logging_steps", "2"),
 )
+WORKERS = ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True")
 
 
 def curve(folder):
@@ -71,7 +72,7 @@ def test_killed_at_random_steps(tiny, tmp_path, ranks):
     were forgotten; the data loader drew its workers' seed from the generator of dropout, where workers persist once a run,
     and once more after a resume; and workers that persist never heard of a new epoch.
     """
-    flags = (*EVERYTHING, "--text_data_path", tiny.root / "texts.txt")
+    flags = (*EVERYTHING, *(WORKERS if ranks == 1 else ()), "--text_data_path", tiny.root / "texts.txt")
     whole = Job(arguments(tiny, tmp_path / "whole", *flags), tmp_path / "logs", ranks)
     assert whole.wait() == [0] * ranks, whole.output()
     assert sum("loss" in entry for entry in curve(tmp_path / "whole")) == 4
@@ -133,7 +134,7 @@ def test_killed_within_a_save(tiny, tmp_path):
     """Killed once in each of a checkpoint's files: the one before is continued, what is torn is said. Between two processes
     the second one's files may come last: it was taken for complete without them.
     """
-    flags = (*EVERYTHING[:-4], "--save_steps", "2", "--max_steps", "5")
+    flags = (*EVERYTHING, "--save_steps", "2", "--max_steps", "5")
     job = Job(arguments(tiny, tmp_path / "whole", *flags), tmp_path / "logs")
     assert job.wait() == [0], job.output()
     said = []
@@ -152,7 +153,7 @@ def test_killed_within_a_save(tiny, tmp_path):
 
 
 def test_the_other_process_killed_within_a_save(tiny, tmp_path):
-    flags = (*EVERYTHING[:-4], "--save_steps", "2", "--max_steps", "3")
+    flags = (*EVERYTHING, "--save_steps", "2", "--max_steps", "3")
     job = Job(arguments(tiny, tmp_path, *flags), tmp_path / "logs", 2, partial(die_while_writing, 0, 2, 1))
     assert job.wait()[1] == -signal.SIGKILL
     assert "killed in rng_state_1.pth" in job.output()
@@ -226,7 +227,7 @@ def limit_file_size(size):
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_continued(tiny, tmp_path):
     """The kernel refuses to write on within model.safetensors, then within optimizer.pt (for another reason than a full
     disk, on the same way through the libraries)."""
-    flags = (*EVERYTHING[:-4], "--save_steps", "2", "--max_steps", "5", "--save_total_limit", "1")
+    flags = (*EVERYTHING, "--save_steps", "2", "--max_steps", "5", "--save_total_limit", "1")
     for size in (100_000, 600_000):
         full = partial(at_step, 3, partial(limit_file_size, size))
         job = Job(arguments(tiny, tmp_path / "cut", *flags), tmp_path / "logs", 1, full)
@@ -258,7 +259,7 @@ def test_one_folder_one_training(tiny, tmp_path):
 def test_sigterm_to_one_process_or_to_torchrun_saves_and_stops(tiny, tmp_path):
     """All processes stop after the same step, data workers survive torchrun's signal to their whole group; the same command
     ends as if nothing had been."""
-    flags = (*EVERYTHING, "--save_steps", "100", "--max_steps", "6", "--save_total_limit", "1")
+    flags = (*EVERYTHING, *WORKERS[:2], "--save_steps", "100", "--max_steps", "6", "--save_total_limit", "1")
     argv = [str(word) for word in arguments(tiny, tmp_path / "cut", *flags)]
     job = Job(argv, tmp_path / "logs", 2)
     assert job.wait() == [0, 0], job.output()
