@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 
 from settings import InputError, first_line
+from zero3 import save_only_trained
 
 try:
     import fcntl
@@ -327,9 +328,8 @@ class ResumableTrainer(Trainer):
             rotate(output_dir, limit, {folder, Path(self.state.best_model_checkpoint or folder)})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # by default every frozen weight would be in global_stepN
-            engine = self.model_wrapped
-            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        if self.is_deepspeed_enabled:
+            save_only_trained(self.model_wrapped)
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:

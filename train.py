@@ -27,6 +27,7 @@ from model import SpeechLLM, build_model, gathered
 from prompt import Prompt, Spelling, load_tokenizer
 from resume import STOPPED, ResumableTrainer, checkpoint_to_resume, leave_together, only_training, told_if_full
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings
+from zero3 import begin_late, part_late
 
 
 class LengthSampler(LengthGroupedSampler):
@@ -57,12 +58,19 @@ class SpeechTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         align_steps = self.state.max_steps // 2 if self.args.align_steps is None else self.args.align_steps
         self.model.aligning = self.state.global_step < align_steps
+        if self.is_deepspeed_enabled and self.state.global_step == align_steps > 0:
+            begin_late(self.optimizer)
         loss = super().training_step(model, *args, **kwargs)
         if self.model.aligning:  # the zeros that DDP waits for: as gradients they would spoil the optimizer's averages
-            for name, p in self.model.trainable().items():
-                if not name.startswith(("projector.", "ctc.")):
-                    p.grad = None
+            for p in self.model.late():
+                p.grad = None
         return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            part_late(optimizer, set(self.model.late()))
+        return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATA, ROOT, run_script, write_clip, write_manifest
-from jobs import Job, free_port
+from jobs import Job, die, free_port
 from safetensors.torch import load_file
+from test_resume import assert_same, at_step
 from test_train import TOKENS, arguments, losses
 
 import resume
@@ -76,9 +78,11 @@ def frozen_bytes(tiny):
 @pytest.mark.parametrize("splice", [("--splice", "frames"), (*TOKENS, "2", "--lora_r", "2")])
 def test_zero3_shards_and_saves_only_what_is_trained(tiny, tmp_path, splice):
     """Loss within 1e-4 of one process with the same global batch, in both phases; the LLM lies in halves, a save gathers
-    what is trained and no more, no file of a checkpoint has a frozen weight, and recognize.py decodes from it.
+    what is trained and no more, no file of a checkpoint has a frozen weight, recognize.py decodes from it, and a run that
+    was killed goes on bit for bit. The zero gradients of the align phase had spent the optimizer's bias correction: the
+    first steps of LoRA and soft prompt were not those of one process.
     """
-    flags = ("--max_steps", "4", *four_clips(tiny, tmp_path), *splice)
+    flags = ("--max_steps", "5", *four_clips(tiny, tmp_path), *splice)
     train.main(arguments(tiny, tmp_path / "one", *map(str, flags), "--per_device_train_batch_size", "4"))
     job = Job(arguments(tiny, tmp_path / "two", *flags, *ZERO3), tmp_path / "logs", 2, partial(watch, tmp_path / "seen"))
     assert job.wait() == [0, 0], job.output()
@@ -106,6 +110,15 @@ def test_zero3_shards_and_saves_only_what_is_trained(tiny, tmp_path, splice):
     assert [line.split(" ")[0] for line in (tmp_path / "result.txt").read_text().splitlines()] == [
         clip["key"] for clip in tiny.clips[:4]
     ]
+    if splice[1] == "tokens":
+        argv = arguments(tiny, tmp_path / "cut", *flags, *ZERO3)
+        assert -signal.SIGKILL in Job(argv, tmp_path / "logs", 2, partial(at_step, 3, die, 1)).wait()
+        job = Job(argv, tmp_path / "logs", 2)
+        assert job.wait() == [0, 0], job.output()
+        assert f"continuing from {tmp_path / 'cut' / 'checkpoint-2'}" in job.output()
+        assert_same(tmp_path / "cut", tmp_path / "two")
+    next(checkpoint.glob("global_step4/*rank_1*_optim_states.pt")).unlink()
+    assert resume.flaw(checkpoint) == "1 of 2 *_optim_states.pt in global_step4"
 
 
 def deaf(rank):
@@ -143,7 +156,7 @@ def test_no_process_waits_for_anothers_data(tiny, tmp_path, deepspeed):
     job = Job(arguments(tiny, tmp_path / "o", *flags, *deepspeed), tmp_path / "logs", 2, partial(deaf, 1))
     assert job.wait() == [0, 0], job.output()
     assert "\n0 soft tokens" in job.logs[1].read_text()
-    assert all(0 < loss < 100 for loss in losses(tmp_path / "o"))
+    assert all(0 < loss < 1e5 for loss in losses(tmp_path / "o")), losses(tmp_path / "o")
 
 
 def test_two_machines_train_as_one(tiny, tmp_path):
