@@ -175,7 +175,7 @@ def only_training(output_dir: str | Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             print(f"{path}: {error.strerror}: take care that no other training writes there", flush=True)
-        owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%F %T')}"
+        owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
         file.truncate(0)
         file.write(owner)
         file.flush()
@@ -239,7 +239,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = self.agreed = False
-        self.group, self.before = None, signal.SIG_DFL
+        self.before = signal.SIG_DFL
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
@@ -247,16 +247,18 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._ask)
-        if _world_size() > 1:
-            self.group = dist.new_group(backend="gloo")  # on a GPU too: it need not wait for that
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor(int(self.asked))
-        if self.group:
-            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        asked = torch.tensor(int(self.asked), device=args.device)
+        if _world_size() > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked.item():
             self.agreed = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # torchrun kills after 30 s
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agreed:  # by --save_strategy epoch it would be deleted and written again
+            control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -344,7 +346,8 @@ class ResumableTrainer(Trainer):
         if self.interrupted:
             if self.args.should_save:
                 folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-                print(f"stopped by SIGTERM: {folder} is saved, the same command continues from it", flush=True)
+                more = "" if self.args.save_only_model else ", the same command continues from it"
+                print(f"stopped by SIGTERM: {folder} is saved{more}", flush=True)
             # the best is for the end, and with --save_total_limit 1 transformers would delete the last
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         return super()._finalize_training(*args, **kwargs)
@@ -353,7 +356,8 @@ class ResumableTrainer(Trainer):
 def rotate(output_dir: str | Path, limit: int, keep: set[Path]) -> None:
     """Delete the oldest complete checkpoints beyond `limit`, but for those in `keep`; torn ones neither count nor go."""
     complete = [folder for folder in checkpoints(output_dir) if not flaw(folder)]
-    spare = [folder for folder in complete if folder not in keep]
+    kept = {folder.resolve() for folder in keep}
+    spare = [folder for folder in complete if folder.resolve() not in kept]
     for folder in spare[: max(0, len(complete) - limit)]:
         shutil.rmtree(folder, ignore_errors=True)
 
