@@ -4,6 +4,7 @@ A checkpoint is written in place. `resume.json` comes when every process has wri
 `trainer_state.json` after that, so that whatever was killed on the way can be told from what is whole.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -363,7 +364,12 @@ def rotate(output_dir: str | Path, limit: int, keep: set[Path]) -> None:
 
 
 def leave_together() -> None:
-    """End the processes' connection, lest one tears it from another (a SIGABRT at the end of a good training)."""
+    """End the processes' connection, lest one tears it from another (a SIGABRT at the end of a good training).
+
+    The trainer must be gone: DDP would be the last to hold the connection, and let go of it with Python's lock in its hand,
+    for which gloo's thread waits (a process that never ended).
+    """
+    gc.collect()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

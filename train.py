@@ -164,18 +164,15 @@ def build_trainer(
     return trainer, resume
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
-    """Build, resume if there is something to resume from, train, save; raises InputError."""
-    with only_training(args.output_dir):
-        trainer, resume = build_trainer(model_args, data_args, args)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if not trainer.interrupted:
-            with told_if_full(args.output_dir, args.output_dir):
-                trainer.save_state()
-                trainer.save_model()
-        leave_together()
-    if trainer.interrupted:
-        raise SystemExit(STOPPED)
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> bool:
+    """Build, resume if there is something to resume from, train, save; False if a signal cut it; raises InputError."""
+    trainer, resume = build_trainer(model_args, data_args, args)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if not trainer.interrupted:
+        with told_if_full(args.output_dir, args.output_dir):
+            trainer.save_state()
+            trainer.save_model()
+    return not trainer.interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -183,9 +180,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parsed = parse((ModelArguments, DataArguments, TrainingArguments), current_flags(argv or sys.argv[1:]))
         try:
-            run(*parsed)
+            with only_training(parsed[-1].output_dir):
+                finished = run(*parsed)
+                leave_together()
         except OSError as error:
             raise InputError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+    if not finished:
+        raise SystemExit(STOPPED)
 
 
 if __name__ == "__main__":
