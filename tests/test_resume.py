@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_system
+from conftest import ROOT, build_system, write_manifest
 from jobs import Job, die
 from safetensors.torch import load_file
 from test_train import TOKENS, arguments, losses
@@ -259,7 +259,11 @@ def test_one_folder_one_training(tiny, tmp_path):
 def test_sigterm_to_one_process_or_to_torchrun_saves_and_stops(tiny, tmp_path):
     """All processes stop after the same step, data workers survive torchrun's signal to their whole group; the same command
     ends as if nothing had been."""
-    flags = (*EVERYTHING, *WORKERS[:2], "--save_steps", "100", "--max_steps", "6", "--save_total_limit", "1")
+    items = [
+        clip | {"key": f"{n}-{clip['key']}", "wav": str(tiny.root / clip["wav"])} for n in range(4) for clip in tiny.clips
+    ]
+    data = ("--data_path", write_manifest(tmp_path / "many.jsonl", items), "--gradient_accumulation_steps", "1")
+    flags = (*EVERYTHING, *WORKERS[:2], *data, "--save_steps", "100", "--max_steps", "6", "--save_total_limit", "1")
     argv = [str(word) for word in arguments(tiny, tmp_path / "cut", *flags)]
     job = Job(argv, tmp_path / "logs", 2)
     assert job.wait() == [0, 0], job.output()
