@@ -48,7 +48,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.manifest, self.prompt, self.settings = manifest, prompt, settings
         self.limits = Limits(prompt, settings, max_length, shortest, longest)
         self.texts, self.texts_per_clip = texts, text_share / (1 - text_share) if texts else 0.0
-        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+        self.augmentation, self.seed = augmentation, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # a data worker that persists must hear of it
         self.cache: EncoderCache | None = None
         self.digests = np.zeros((0, 0), np.uint8)  # of each kept clip, its name in the cache
         samples = measure(manifest)
@@ -66,16 +67,16 @@ class SpeechDataset(torch.utils.data.Dataset):
         return len(self.kept)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def record(self, index: int) -> Record:
         return self.manifest[self.kept[index]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example: dict[str, Any] = tensors(self.prompt.example(self.record(index).txt))
-        rng = np.random.default_rng([self.seed, self.epoch, index])
+        rng = np.random.default_rng([self.seed, int(self.epoch), index])
         if self.texts:
-            draw = np.random.default_rng([self.seed, self.epoch, index, 1])
+            draw = np.random.default_rng([self.seed, int(self.epoch), index, 1])
             example["texts"] = [self._text(draw) for _ in range(int(self.texts_per_clip + draw.random()))]
         if self.cache:
             encoded = self.cache.read(self.digests[index].tobytes())

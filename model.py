@@ -260,8 +260,7 @@ class SpeechLLM(nn.Module):
             log_probs = self.ctc(speech)  # (B, N, V + 1)
             loss = ctc_loss(log_probs, length, ctc_labels[: len(length)], IGNORE_INDEX) / items
             if self.aligning:  # DDP waits for a gradient of whatever is trained
-                unused = (p for name, p in self.trainable().items() if not name.startswith(("projector.", "ctc.")))
-                return {"loss": loss + sum(0.0 * p.sum() for p in unused if not hasattr(p, "ds_id"))}
+                return {"loss": loss + sum(0.0 * p.sum() for p in self.late() if not hasattr(p, "ds_id"))}
             loss = self.ctc_weight * loss
             self.settings["llm_reads"] |= self.training
             speech, length = self._read(log_probs, length, ctc_labels)  # (B + R, S, D)
@@ -352,6 +351,10 @@ class SpeechLLM(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def late(self) -> list[nn.Parameter]:
+        """What an align phase leaves alone: the soft prompt, LoRA."""
+        return [p for name, p in self.trainable().items() if not name.startswith(("projector.", "ctc."))]
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> Any:
         """Frozen weights come from their own models, never from here; load_checkpoint is strict over the others."""

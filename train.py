@@ -8,7 +8,6 @@ Every flag of transformers' TrainingArguments works, those that transformers 5 r
 continues from the newest complete checkpoint in --output_dir. The trained weights end up in --output_dir itself.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -31,11 +30,13 @@ from manifest import TextLines, read_manifest
 from model import SpeechLLM, build_model, gathered
 from preflight import preflight
 from prompt import Prompt, Spelling, load_tokenizer
+from resume import STOPPED, ResumableTrainer, checkpoint_to_resume, leave_together, only_training, told_if_full
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, read_settings, resolve_settings
 from watch import check, dev_metrics, launch_command, watchers
+from zero3 import begin_late, part_late
 
 
-class SpeechTrainer(BatchingTrainer):
+class SpeechTrainer(BatchingTrainer, ResumableTrainer):
     """The Trainer, saving what is trained instead of everything."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -44,12 +45,19 @@ class SpeechTrainer(BatchingTrainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         align_steps = self.state.max_steps // 2 if self.args.align_steps is None else self.args.align_steps
         self.model.aligning = self.state.global_step < align_steps
+        if self.is_deepspeed_enabled and self.state.global_step == align_steps > 0:
+            begin_late(self.optimizer)
         loss = super().training_step(model, *args, **kwargs)
         if self.model.aligning:  # the zeros that DDP waits for: as gradients they would spoil the optimizer's averages
-            for name, p in self.model.trainable().items():
-                if not name.startswith(("projector.", "ctc.")):
-                    p.grad = None
+            for p in self.model.late():
+                p.grad = None
         return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            part_late(optimizer, set(self.model.late()))
+        return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
@@ -68,24 +76,6 @@ class SpeechTrainer(BatchingTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # by default every frozen weight would be in global_stepN
-            engine = self.model_wrapped
-            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
-        super()._save_optimizer_and_scheduler(output_dir)
-
-
-def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint-N of the highest N whose trainer_state.json, which is written last, can be read."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
-
 
 def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
     """The frozen encoder's output of each clip, each process its share."""
@@ -103,9 +93,8 @@ def build_trainer(
         raise InputError("give --data_path, the training manifest (jsonl)")
     check(args)
     set_seed(args.seed)
-    resume = args.resume_from_checkpoint
-    if resume in (None, "True", "true"):  # true is transformers' word for the newest
-        resume = None if args.overwrite_output_dir else newest_complete_checkpoint(args.output_dir)
+    asked, fresh = args.resume_from_checkpoint, args.overwrite_output_dir
+    resume = checkpoint_to_resume(args.output_dir, asked, fresh, bool(args.deepspeed))
     start = resume or model_args.start()
     if args.overwrite_output_dir and start and Path(args.output_dir).resolve() in Path(start).resolve().parents:
         raise InputError(f"--overwrite_output_dir would delete {start}, which is to be started from: give another folder")
@@ -171,14 +160,17 @@ def build_trainer(
     return trainer, resume
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, command: str) -> None:
-    """Build, resume if there is something to resume from, train, save; raises InputError."""
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, command: str) -> bool:
+    """Build, resume if there is something to resume from, train, save; False if a signal cut it; raises InputError."""
     trainer, resume = build_trainer(model_args, data_args, args)
     for callback in watchers(trainer, command):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.save_state()
-    trainer.save_model()
+    if not trainer.interrupted:
+        with told_if_full(args.output_dir, args.output_dir):
+            trainer.save_state()
+            trainer.save_model()
+    return not trainer.interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,9 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parsed = parse((ModelArguments, DataArguments, TrainingArguments), current_flags(argv or sys.argv[1:]))
         try:
-            run(*parsed, launch_command(argv))
+            with only_training(parsed[-1].output_dir):
+                finished = run(*parsed, launch_command(argv))
+                leave_together()
         except OSError as error:
             raise InputError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+    if not finished:
+        raise SystemExit(STOPPED)
 
 
 if __name__ == "__main__":

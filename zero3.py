@@ -1,0 +1,36 @@
+"""What DeepSpeed must be told so that it trains and saves as one process without it does."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def save_only_trained(engine: Any) -> None:
+    """By default every frozen weight would be in the folder global_stepN of each checkpoint."""
+    engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+
+
+def part_late(optimizer: torch.optim.Optimizer, late: set[torch.nn.Parameter]) -> None:
+    """The parameters that an align phase leaves alone in groups of their own: DeepSpeed makes one tensor of a group."""
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if p in late]
+        if own and "late" not in group:
+            group["params"] = [p for p in group["params"] if p not in late]
+            optimizer.add_param_group({**group, "params": own, "late": True})
+
+
+def begin_late(optimizer: Any) -> None:
+    """At the end of the align phase: the optimizer has counted steps of zero gradients for them too, by which it would take
+    their first steps three times too large. Without DeepSpeed it never saw those."""
+    zero = optimizer.optimizer  # accelerate's hull
+    groups = zero.optimizer.param_groups
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        tensors = enumerate(zero.fp32_partitioned_groups_flat)
+        pairs = [(groups[zero.sub_group_to_group_id[i]], tensor) for i, tensor in tensors]
+    else:
+        pairs = [(group, tensor) for group in groups for tensor in group["params"]]
+    for group, tensor in pairs:
+        state = zero.optimizer.state.get(tensor, {})
+        if group.get("late") and "step" in state:
+            state["step"] = state["step"] * 0
