@@ -22,7 +22,8 @@ from test_train import TOKENS, arguments, losses
 import resume
 import train
 from audio import Augmentation
-from dataset import SpeechDataset, read_manifest
+from dataset import SpeechDataset
+from manifest import read_manifest
 
 # both phases, every kind of chance, accumulated batches, losses logged every other step, saves between them
 EVERYTHING = (
