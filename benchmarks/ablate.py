@@ -36,6 +36,7 @@ from dataset import SpeechDataset
 from manifest import read_manifest
 from model import SpeechLLM
 from recognize import DecodeArguments, Transcriber, recognize
+from resume import STOPPED
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors, parse
 from train import DataArguments, SpeechTrainer, TrainingArguments, build_trainer
@@ -220,6 +221,8 @@ def phase(row: Row, flags: str, minutes: float, measurements: int, change: Calla
     clock = Clock(trainer, data / "dev.jsonl", minutes, measurements)
     trainer.add_callback(clock)
     trainer.train()
+    if trainer.stop.agreed:  # by SIGTERM
+        raise SystemExit(STOPPED)
     trainer.save_model()
     return clock.points
 
@@ -232,7 +235,7 @@ def run(row: Row, args: argparse.Namespace) -> list[dict]:
     aligned = args.out / "aligned" / re.sub(r"\W+", "_", f"align {row.align} {row.silence}")
     with FileLock(f"{args.out / aligned.name}.lock"):
         if not (aligned / "points.json").exists():
-            points = phase(row, f"{ALIGN} {row.align}", args.align, 3, lambda model: None, args)
+            points = phase(row, f"{ALIGN} {row.align}", args.align, 6, lambda model: None, args)
             aligned.parent.mkdir(exist_ok=True)
             args.scratch.rename(aligned)
             (aligned / "points.json").write_text(json.dumps(points))

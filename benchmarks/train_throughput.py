@@ -437,7 +437,7 @@ def cache(bench: Bench) -> None:
             encode_once(few, model, folder, process)
             once = (bench.clock() - start) / len(few)
             for row in group:
-                row.time(batches[:1])
+                row.time(batches)
             cached = [row.time(batches) for row in group]
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         named = list(zip(names, plain, cached, strict=True))

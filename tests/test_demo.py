@@ -318,3 +318,26 @@ def test_the_shipped_checkpoint_is_small_and_bfloat16():
     file = ROOT / "demo" / "pretrained" / "model.safetensors"
     assert file.stat().st_size < 16e6
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_a_kokoro_speaker_is_a_mixture_of_its_voices():
+    rng = np.random.default_rng(3)
+    speakers = [make_speech.speaker(rng, "train", "kokoro") for _ in range(100)]
+    assert {len(who["kokoro"]) for who in speakers} == {1, 2, 3}
+    assert all(sum(who["kokoro"].values()) == pytest.approx(1) for who in speakers)
+    assert set().union(*(who["kokoro"] for who in speakers)) == set(make_speech.KOKORO_VOICES)
+
+
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng spells the sounds")
+def test_kokoro_reads_sounds_and_pauses_in_its_own_letters(monkeypatch):
+    """espeak-ng writes a diphthong as two sounds, Kokoro as one letter; the commas are what it pauses by."""
+    letters = "ˈˌəIWʤAʧYOQɪʊʌæɑɔɛɜɹðθʃŋɡiuabdefhjklmnopstvwz ,."
+    numbers = {letter: i for i, letter in enumerate(letters, start=1)}
+    heard = []
+    voices = {"af_sky": np.zeros((510, 256), np.float32)}
+    monkeypatch.setattr(make_speech, "kokoro_files", lambda: (numbers, voices))
+    monkeypatch.setattr(make_speech, "kokoro_session", lambda: lambda ids, style, speed: heard.append(ids) or np.zeros(5))
+    make_speech.kokoro("hello there, i say. no joy", {"af_sky": 1.0}, 1.0)
+    ids = heard[0]
+    assert ids[0] == ids[-1] == 0
+    assert "".join(letters[i - 1] for i in ids[1:-1]) == "həlˈO ðˈɛɹ, ˈI sˈA. nˈO ʤˈY."
