@@ -49,6 +49,10 @@ class DataArguments:
         shortest, longest = self.min_duration_in_seconds or 0, self.max_duration_in_seconds or math.inf
         if not 0 <= shortest < longest:
             raise InputError("--min_duration_in_seconds must be at least 0 and less than --max_duration_in_seconds")
+        if not 0 <= self.text_share < 1:
+            raise InputError("--text_share must be at least 0 and below 1")
+        if self.cache_dir and (self.speed_perturb or self.noise_snr is not None):
+            raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or --speed_perturb and --noise_snr")
 
 
 @dataclass

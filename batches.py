@@ -29,6 +29,15 @@ class LengthSampler(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
+def check_longest(lengths: np.ndarray, batch_seconds: float) -> None:
+    """lengths (clips,) in samples. Raises InputError for a clip that is longer than a batch."""
+    if lengths.max() > batch_seconds * SAMPLE_RATE:
+        raise InputError(
+            f"--batch_seconds {batch_seconds:g} is less than the longest clip, {lengths.max() / SAMPLE_RATE:.2f} s: "
+            "raise it, or leave out long clips by --max_duration_in_seconds"
+        )
+
+
 class DurationSampler(BatchRebalanceSampler):
     """One process's batches, as many clips in each as `batch_seconds` hold with their padding: longest × clips.
 
@@ -49,11 +58,7 @@ class DurationSampler(BatchRebalanceSampler):
     ) -> None:
         """lengths (clips,) in samples. Raises InputError for a clip that is longer than a batch."""
         lengths = np.asarray(lengths)
-        if lengths.max() > batch_seconds * SAMPLE_RATE:
-            raise InputError(
-                f"--batch_seconds {batch_seconds:g} is less than the longest clip, {lengths.max() / SAMPLE_RATE:.2f} s: "
-                "raise it, or leave out long clips by --max_duration_in_seconds"
-            )
+        check_longest(lengths, batch_seconds)
         self.seed, self.process, self.processes, self.epoch = seed, process, processes, 0
         self.buckets: list[np.ndarray] = []  # indices of clips of like lengths
         self.counts: list[int] = []  # batches that each bucket is dealt to
@@ -149,6 +154,16 @@ def check_batch_flags(args: TrainingArguments) -> None:
             raise InputError(f"--batch_seconds says how batches are made, and so does {flag}: leave one out")
 
 
+def padded_lengths(dataset: Any) -> np.ndarray:
+    """(clips,) samples that each takes in a batch: more under --encoder_padding 30s, and where it may be slowed down."""
+    lengths = dataset.lengths
+    if dataset.settings["encoder_padding"] == "30s":
+        return np.full_like(lengths, N_SAMPLES)
+    if dataset.augmentation.speed:  # up to 30 s
+        return np.where(lengths < 0.9 * N_SAMPLES, lengths / 0.9, lengths)
+    return lengths
+
+
 class BatchingTrainer(Trainer):
     """A Trainer on a SpeechDataset's lengths; logs the share of padding in what this process has read."""
 
@@ -159,11 +174,8 @@ class BatchingTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         args, dataset = self.args, train_dataset or self.train_dataset
         if args.batch_seconds is not None:
-            lengths = dataset.lengths
-            if dataset.augmentation.speed:  # a clip may last longer, up to 30 s
-                lengths = np.where(lengths < 0.9 * N_SAMPLES, lengths / 0.9, lengths)
             return DurationSampler(
-                lengths,
+                padded_lengths(dataset),
                 args.batch_seconds,
                 args.seed,
                 args.process_index,
@@ -171,7 +183,7 @@ class BatchingTrainer(Trainer):
                 args.gradient_accumulation_steps,
             )
         if args.train_sampling_strategy == "group_by_length":
-            size = args.train_batch_size * args.gradient_accumulation_steps
+            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             return LengthSampler(size, dataset.lengths, args.seed)
         return super()._get_train_sampler(train_dataset)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from settings import InputError
+from settings import InputError, first_line
 
 if TYPE_CHECKING:
     from dataset import SpeechDataset
@@ -32,9 +32,10 @@ CHECKSUM = 4  # bytes behind the array
 class EncoderCache:
     """Outputs of a frozen encoder, float16 (E, d), by the digest of the audio file."""
 
-    def __init__(self, folder: str | Path, settings: dict) -> None:
-        """A folder within `folder` for this encoder, the layers that it has left, and this padding."""
+    def __init__(self, folder: str | Path, settings: dict, dtype: torch.dtype = torch.float32) -> None:
+        """A folder within `folder` for this encoder, the layers that it has left, this padding and its precision."""
         parts = settings["encoder"]["fingerprint"], settings["projector_layers"], settings["encoder_padding"]
+        parts += (str(dtype).removeprefix("torch."),)
         self.folder = Path(folder, "-".join(map(str, parts)))
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -54,7 +55,7 @@ class EncoderCache:
         return self._read(self.file(digest)) is not None
 
     def read(self, digest: bytes) -> Tensor:
-        """(E, d) float16, of which only the pages that are touched are read. Raises InputError if it is not whole."""
+        """(E, d) float16. Raises InputError if it is not whole."""
         array = self._read(self.file(digest))
         if array is None:
             raise InputError(f"{self.file(digest)}: missing or corrupt: start again, and the clip will be encoded anew")
@@ -93,9 +94,17 @@ class EncoderCache:
         share = range(rank, len(dataset), ranks)
         digests = np.zeros((len(share), DIGEST), np.uint8)
         for row, index in enumerate(tqdm(share, desc="encoding", unit="clip", disable=None if rank == 0 else True)):
-            digest = self.digest(dataset.record(index).wav)
+            record = dataset.record(index)
+            try:
+                digest = self.digest(record.wav)
+            except OSError as error:
+                raise InputError(f"{record.where}: {record.wav}: {error.strerror}: mend or remove the line") from None
             if not self.has(digest):
-                self.write(digest, encoder, dataset.log_mel(index))
+                mel = dataset.log_mel(index)
+                try:
+                    self.write(digest, encoder, mel)
+                except OSError as error:  # numpy's has no name of the file
+                    raise InputError(f"{self.folder}: {first_line(error)}: is the disk of --cache_dir full?") from None
             digests[row] = np.frombuffer(digest, np.uint8)
         shares: list[Any] = [digests] * ranks
         if ranks > 1:

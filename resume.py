@@ -121,7 +121,7 @@ def checkpoint_to_resume(output_dir: str | Path, asked: str | None, overwrite: b
             if then != now:
                 raise InputError(
                     f"{resume} was trained by {then}, this is {now}: start as many again, or a new training from its "
-                    f"weights alone: --checkpoint {resume} --output_dir NEW"
+                    f"weights alone: --checkpoint {resume} --output_dir NEW (and --align_steps 0, if that is done)"
                 )
         return resume
 
@@ -249,13 +249,15 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._ask)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def agree(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         asked = torch.tensor(int(self.asked), device=args.device)
         if _world_size() > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked.item():
             self.agreed = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # torchrun kills after 30 s
+            control.should_evaluate &= state.global_step >= state.max_steps  # torchrun kills after 30 s
+
+    on_step_end = on_evaluate = agree
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.agreed:  # by --save_strategy epoch it would be deleted and written again
@@ -286,6 +288,9 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.keep = None  # so many checkpoints; transformers' own rotation may take a torn one for the newest
+        if not self.args.save_only_model:
+            self.keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
 
@@ -308,7 +313,8 @@ class ResumableTrainer(Trainer):
             self._tr_loss += stored["loss"][self.args.process_index]
             self._total_loss_scalar -= sum(stored["loss"]) / len(stored["loss"])
             self._globalstep_last_logged = stored["last_logged"]
-        if self.state.global_step >= self.state.max_steps:  # and would train one step more
+            self.state.compute_steps(self.args, self.state.max_steps)  # it would go by the checkpoint's --save_steps, …
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:  # and train one step more
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -319,16 +325,10 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # its old files and the new ones would look like one
         self.accelerator.wait_for_everyone()
-        limit = self.args.save_total_limit
-        if not self.args.save_only_model:
-            self.args.save_total_limit = None  # transformers' rotation takes a torn checkpoint for the newest
-        try:
-            with told_if_full(folder, output_dir):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if limit and self.args.should_save and not self.args.save_only_model:
-            rotate(output_dir, limit, {folder, Path(self.state.best_model_checkpoint or folder)})
+        with told_if_full(folder, output_dir):
+            super()._save_checkpoint(model, trial)
+        if self.keep and self.args.should_save:
+            rotate(output_dir, self.keep, {folder, Path(self.state.best_model_checkpoint or folder)})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -349,8 +349,7 @@ class ResumableTrainer(Trainer):
                 folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
                 more = "" if self.args.save_only_model else ", the same command continues from it"
                 print(f"stopped by SIGTERM: {folder} is saved{more}", flush=True)
-            # the best is for the end, and with --save_total_limit 1 transformers would delete the last
-            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+            self.args.load_best_model_at_end = False  # the best is for the end
         return super()._finalize_training(*args, **kwargs)
 
 

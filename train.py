@@ -11,6 +11,7 @@ continues from the newest complete checkpoint in --output_dir. The trained weigh
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+import zero3
 from arguments import DataArguments, TrainingArguments, current_flags
 from audio import Augmentation
-from batches import BatchingTrainer, NewEpoch
+from batches import BatchingTrainer, NewEpoch, check_longest, padded_lengths
 from cache import EncoderCache
 from dataset import SpeechCollator, SpeechDataset
 from manifest import TextLines, read_manifest
@@ -33,7 +35,6 @@ from prompt import Prompt, Spelling, load_tokenizer
 from resume import STOPPED, ResumableTrainer, checkpoint_to_resume, leave_together, only_training, told_if_full
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, read_settings, resolve_settings
 from watch import check, dev_metrics, launch_command, watchers
-from zero3 import begin_late, part_late
 
 
 class SpeechTrainer(BatchingTrainer, ResumableTrainer):
@@ -43,10 +44,12 @@ class SpeechTrainer(BatchingTrainer, ResumableTrainer):
         self.model.save_checkpoint(output_dir or self.args.output_dir, write=self.args.should_save)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        align_steps = self.state.max_steps // 2 if self.args.align_steps is None else self.args.align_steps
+        align_steps = self.args.align_steps
+        if align_steps is None:  # a training that is prolonged does not go back to aligning
+            align_steps = 0 if self.model.settings["llm_reads"] else self.state.max_steps // 2
         self.model.aligning = self.state.global_step < align_steps
         if self.is_deepspeed_enabled and self.state.global_step == align_steps > 0:
-            begin_late(self.optimizer)
+            zero3.begin_late(self.optimizer)
         loss = super().training_step(model, *args, **kwargs)
         if self.model.aligning:  # the zeros that DDP waits for: as gradients they would spoil the optimizer's averages
             for p in self.model.late():
@@ -56,7 +59,7 @@ class SpeechTrainer(BatchingTrainer, ResumableTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.is_deepspeed_enabled:
-            part_late(optimizer, set(self.model.late()))
+            zero3.part_late(optimizer, set(self.model.late()))
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: SpeechLLM | None = None) -> None:
@@ -82,16 +85,17 @@ def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: 
     encoder, device = model.encoder.to(args.device), args.device
     with gathered(model.encoder.parameters()), torch.no_grad():
         encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
-        EncoderCache(cache_dir, dataset.settings).fill(dataset, encode, args.process_index, args.world_size)
+        cache = EncoderCache(cache_dir, dataset.settings, next(encoder.parameters()).dtype)
+        cache.fill(dataset, encode, args.process_index, args.world_size)
 
 
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
-) -> tuple[SpeechTrainer, Path | None]:
-    """The trainer, and the checkpoint in --output_dir to resume from if there is one; raises InputError."""
+) -> tuple[SpeechTrainer | None, Path | None]:
+    """The trainer, and the checkpoint in --output_dir to resume from if there is one; raises InputError. No trainer with
+    --preflight_only."""
     if not data_args.data_path:
         raise InputError("give --data_path, the training manifest (jsonl)")
-    check(args)
     set_seed(args.seed)
     asked, fresh = args.resume_from_checkpoint, args.overwrite_output_dir
     resume = checkpoint_to_resume(args.output_dir, asked, fresh, bool(args.deepspeed))
@@ -103,13 +107,13 @@ def build_trainer(
         raise InputError("--align_steps trains a CTC: it needs --splice tokens")
     if args.align_steps is None and (settings["splice"] != "tokens" or model_args.start()):
         args.align_steps = 0
+    check(args)
     if data_args.text_data_path and settings["splice"] != "tokens":
         raise InputError("--text_data_path is text as a CTC would hear it: it needs --splice tokens")
-    if not 0 <= data_args.text_share < 1:
-        raise InputError("--text_share must be at least 0 and below 1")
     if not 0 <= args.projector_dropout < 1:
         raise InputError("--projector_dropout must be at least 0 and below 1")
     data_args.check()
+    zero3.check(args)
     form = data_args.form()
     manifest = read_manifest(data_args.data_path, form=form)
     tokenizer = load_tokenizer(settings["llm"]["name"])
@@ -124,8 +128,6 @@ def build_trainer(
     model.ctc_weight, model.projector.dropout = args.ctc_weight, args.projector_dropout
 
     augmentation = Augmentation(data_args.speed_perturb, data_args.noise_snr, data_args.spec_augment)
-    if data_args.cache_dir and (data_args.speed_perturb or data_args.noise_snr is not None):
-        raise InputError("--cache_dir keeps one encoding of each clip: leave it out, or --speed_perturb and --noise_snr")
     texts = TextLines(data_args.text_data_path, form) if data_args.text_data_path else ()
     durations = {"shortest": data_args.min_duration_in_seconds, "longest": data_args.max_duration_in_seconds}
     make_set = partial(SpeechDataset, prompt=prompt, settings=settings, max_length=args.model_max_length, **durations)
@@ -138,8 +140,10 @@ def build_trainer(
         preflight(train_set, eval_set)
         print(f"continuing from {resume}" if resume else f"starting from {start or 'an untrained projector'}", flush=True)
 
+    if args.batch_seconds:
+        check_longest(padded_lengths(train_set), args.batch_seconds)
     if data_args.preflight_only:
-        raise SystemExit(0)
+        return None, None
     if data_args.cache_dir:
         encode_once(train_set, model, data_args.cache_dir, args)
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; several need torchrun, not nn.DataParallel
@@ -163,6 +167,8 @@ def build_trainer(
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, command: str) -> bool:
     """Build, resume if there is something to resume from, train, save; False if a signal cut it; raises InputError."""
     trainer, resume = build_trainer(model_args, data_args, args)
+    if not trainer:
+        return True
     for callback in watchers(trainer, command):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -178,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parsed = parse((ModelArguments, DataArguments, TrainingArguments), current_flags(argv or sys.argv[1:]))
         try:
-            with only_training(parsed[-1].output_dir):
+            _, data_args, args = parsed
+            with nullcontext() if data_args.preflight_only else only_training(args.output_dir):
                 finished = run(*parsed, launch_command(argv))
                 leave_together()
         except OSError as error:

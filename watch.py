@@ -59,6 +59,11 @@ def check(args: TrainingArguments) -> None:
             raise InputError("--early_stopping_patience must be at least 1")
         if not args.metric_for_best_model or args.eval_strategy == "no":
             raise InputError("--early_stopping_patience needs --metric_for_best_model and --eval_strategy steps or epoch")
+        if metric == "loss" and args.align_steps != 0:
+            raise InputError(
+                "--early_stopping_patience cannot go by loss, which is another one after the align phase: give "
+                "--predict_with_generate --metric_for_best_model wer, or --align_steps 0"
+            )
     if "tensorboard" in args.report_to and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise InputError("--report_to tensorboard needs the package tensorboard: pip install tensorboard")
 
@@ -162,12 +167,18 @@ def rates(references: dict[str, str], hypotheses: dict[str, Any]) -> dict[str, f
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' own, which on a resume goes on counting where the checkpoint was, and may join in then."""
+    """transformers' own, which on a resume goes on counting where the checkpoint was, and may join in then. While the CTC
+    aligns it does not count: it would end the training before the LLM's part has begun."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not model.aligning:
+            super().on_evaluate(args, state, control, model=model, **kwargs)
 
 
 class HearingWarning(TrainerCallback):
@@ -193,6 +204,7 @@ class Diary(TrainerCallback):
 
     def __init__(self, command: str, train_set: SpeechDataset, eval_set: SpeechDataset | None) -> None:
         self.command, self.train_set, self.eval_set = command, train_set, eval_set
+        self.commit = git_commit()  # now: later it may be another
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -231,15 +243,16 @@ class Diary(TrainerCallback):
             "trained parameters": f"{trained:,}",
             "steps": f"{state.global_step} of {state.max_steps} ({state.epoch or 0:.2f} epochs)",
             **dict(measured(args, state.log_history)),
-            "training data": f"`{self.train_set.manifest.path}`: {self.train_set.summary()}",
-            "dev data": f"`{self.eval_set.manifest.path}`: {self.eval_set.summary()}" if self.eval_set else "",
+            "training data": f"`{self.train_set.manifest}`: {self.train_set.summary()}",
+            "dev data": f"`{self.eval_set.manifest}`: {self.eval_set.summary()}" if self.eval_set else "",
             "processes": f"{args.world_size} ({args.device.type})",
             "versions": f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in libraries),
-            "commit": git_commit(),
+            "commit": self.commit,
         }
-        if args.load_best_model_at_end and state.best_global_step:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
             metric = args.metric_for_best_model.removeprefix("eval_")
-            rows["weights here"] = f"in the end those of step {state.best_global_step} (best dev {metric})"
+            best = state.best_model_checkpoint.rpartition("-")[2]
+            rows["weights here"] = f"in the end those of step {best} (best dev {metric} of those saved)"
         folder = Path(args.output_dir)
         return "\n".join(
             [

@@ -5,6 +5,17 @@ from typing import Any
 
 import torch
 
+from settings import InputError
+
+
+def check(args: Any) -> None:
+    """Raises InputError for a configuration that takes the optimizer out of the command line's hands."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config and config.config.get("optimizer"):
+        raise InputError(
+            f'{args.deepspeed}: leave "optimizer" out: the command line says what it is (--optim, --learning_rate, …)'
+        )
+
 
 def save_only_trained(engine: Any) -> None:
     """By default every frozen weight would be in the folder global_stepN of each checkpoint."""

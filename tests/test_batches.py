@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from conftest import run_script, write_clip, write_manifest
 from test_train import TOKENS, arguments, losses
 
 import train
-from batches import DurationSampler, LengthSampler, Padding
+from audio import UNCHANGED
+from batches import DurationSampler, LengthSampler, Padding, padded_lengths
 from settings import InputError
 
 RATE = 16000
@@ -195,6 +197,18 @@ def test_contradictions_are_refused_in_one_line(tiny, tmp_path, manifest, flags,
         train.main(by_seconds(tiny, tmp_path, manifest, *flags))
     assert message in str(stop.value)
     assert "\n" not in str(stop.value)
+
+
+def test_a_batch_too_short_is_told_before_anything_is_deleted(tiny, tmp_path, manifest):
+    train.main(by_seconds(tiny, tmp_path, manifest, "--max_steps", "1"))
+    with pytest.raises(SystemExit, match="--batch_seconds 2 is less than the longest clip"):
+        train.main(by_seconds(tiny, tmp_path, manifest, "--batch_seconds", "2", "--overwrite_output_dir"))
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_padding_to_30_s_counts():
+    dataset = SimpleNamespace(lengths=np.array([16000, 32000]), settings={"encoder_padding": "30s"}, augmentation=UNCHANGED)
+    assert padded_lengths(dataset).tolist() == [480000, 480000]
 
 
 def test_length_sampler_takes_arrays():

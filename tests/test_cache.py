@@ -93,6 +93,14 @@ def test_a_renamed_clip_is_known_and_a_changed_one_is_not(clips, tiny, tmp_path)
     assert cache.digest(tmp_path / "x.wav") != cache.digest(tiny.root / "0.wav")
 
 
+def test_a_clip_that_is_gone_is_told_with_its_line(clips, tmp_path, monkeypatch):
+    dataset, encoder = clips
+    gone = dataset.record(0)._replace(wav=tmp_path / "gone.wav")
+    monkeypatch.setattr(dataset, "record", lambda index: gone)
+    with pytest.raises(InputError, match=rf"^{gone.where}: {tmp_path}/gone.wav: No such file or directory: mend or remove"):
+        EncoderCache(tmp_path, dataset.settings).fill(dataset, encoder)
+
+
 def test_many_writers_of_one_clip_leave_one_whole_file(clips, tmp_path):
     """Their temporary names were those of the process: two threads, or two machines with one disk, wrote into one file."""
     dataset, encoder = clips

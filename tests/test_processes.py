@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from test_train import TOKENS, arguments, losses
 
 import resume
 import train
+import zero3
+from settings import InputError
 
 ZERO3 = ("--deepspeed", "ds_config_zero3.json")
 
@@ -26,6 +29,13 @@ ZERO3 = ("--deepspeed", "ds_config_zero3.json")
 def four_clips(tiny, tmp_path):
     items = [clip | {"wav": str(tiny.root / clip["wav"]), "txt": f"t{i}"} for i, clip in enumerate(tiny.clips[:4])]
     return ("--data_path", write_manifest(tmp_path / "four.jsonl", items))
+
+
+def test_an_optimizer_in_the_deepspeed_config_is_refused():
+    """Many published configurations have one; then the Trainer has none of its own, and a traceback came."""
+    config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
+    with pytest.raises(InputError, match=r'^ds\.json: leave "optimizer" out'):
+        zero3.check(SimpleNamespace(deepspeed="ds.json", hf_deepspeed_config=config))
 
 
 def watch(report):

@@ -209,6 +209,33 @@ def test_a_finished_training_trains_no_step_more(tiny, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
+def test_the_command_line_and_not_the_checkpoint_says_how_often(tiny, tmp_path):
+    """transformers goes on by the --save_steps and --eval_steps that the checkpoint was trained with."""
+    train.main(arguments(tiny, tmp_path, "--max_steps", "2", "--save_steps", "2"))
+    train.main(arguments(tiny, tmp_path, "--max_steps", "5", "--save_steps", "3"))
+    assert [folder.name for folder in resume.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-5"]
+
+
+def test_a_training_that_is_prolonged_does_not_align_again(tiny, tmp_path):
+    """Half of the steps align by default: half of more steps lay past the resumed one, and the LLM was left out again."""
+    tokens = arguments(tiny, tmp_path, "--splice", "tokens")
+    train.main([*tokens, "--max_steps", "3"])
+    aligning = []
+    at_every = train.SpeechTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        loss = at_every(self, *args, **kwargs)
+        aligning.append(self.model.aligning)
+        return loss
+
+    train.SpeechTrainer.training_step = training_step
+    try:
+        train.main([*tokens, "--max_steps", "9"])
+    finally:
+        train.SpeechTrainer.training_step = at_every
+    assert aligning == [False] * 6
+
+
 def test_a_worker_that_persists_hears_of_the_epoch(tiny):
     system = build_system(tiny.qwen2, tiny.whisper)
     dataset = SpeechDataset(read_manifest(tiny.manifest), system.prompt, system.settings, 512, Augmentation(noise_snr=20.0))

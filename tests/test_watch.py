@@ -133,7 +133,7 @@ def test_the_best_checkpoint_by_wer_is_what_remains(tiny, tmp_path, monkeypatch)
     assert not all(torch.equal(end[name], last[name]) for name in best)
     card = (tmp_path / "README.md").read_text()
     assert "| lowest dev WER | 20.00 % (CER 50.00 %) at step 2;" in card
-    assert "in the end those of step 2 (best dev wer)" in card
+    assert "in the end those of step 2 (best dev wer of those saved)" in card
 
 
 def test_early_stopping_counts_on_after_a_resume_and_may_join_then(tiny, tmp_path, monkeypatch):
@@ -147,6 +147,26 @@ def test_early_stopping_counts_on_after_a_resume_and_may_join_then(tiny, tmp_pat
     scripted(monkeypatch, 0.4, 0.4, 0.1)  # at step 3 one without gain, here the second and the third
     train.main(arguments(tiny, tmp_path / "o", "--max_steps", "9", *flags, "3"))
     assert evaluations(tmp_path / "o")[-1]["step"] == 5
+    train.main(arguments(tiny, tmp_path / "o", "--max_steps", "9", *flags, "3"))  # it forgot that it had stopped
+    assert evaluations(tmp_path / "o")[-1]["step"] == 5
+
+
+def test_early_stopping_leaves_the_align_phase_alone(tiny, tmp_path, monkeypatch):
+    """The CTC's WER jitters while it aligns: five evaluations without gain, and the LLM's part never began."""
+    flags = (*EVERY_STEP, *DEV, "--eval_data_path", str(tiny.manifest), "--early_stopping_patience", "1", *TOKENS, "3")
+    scripted(monkeypatch, 0.4, 0.5, 0.5, 0.5, 0.1)
+    train.main(arguments(tiny, tmp_path, "--max_steps", "9", *flags))
+    assert [entry["step"] for entry in evaluations(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_last_checkpoint_stays_beside_the_best(tiny, tmp_path, monkeypatch):
+    """With --save_total_limit 1 transformers deleted it at the end, and a second start trained again from the best on."""
+    flags = (*EVERY_STEP, *DEV, "--eval_data_path", str(tiny.manifest), "--save_total_limit", "1", "--max_steps", "3")
+    scripted(monkeypatch, 0.1, 0.2, 0.2)
+    train.main(arguments(tiny, tmp_path, *flags))
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    train.main(arguments(tiny, tmp_path, *flags))
+    assert len(evaluations(tmp_path)) == 3
 
 
 def test_the_log_after_a_kill_and_a_resume_is_that_of_one_run(tiny, tmp_path):
