@@ -59,14 +59,13 @@ def test_texts_that_stand_in_both_sets_are_counted_whatever_their_case_and_space
     assert overlap(sets[1], sets[1])[0].startswith("  3 of its 3 texts")
 
 
-def test_preflight_only_stops_before_the_first_step_with_exit_code_0(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(tiny, tmp_path / "o", "--preflight_only", "--eval_data_path", str(tiny.manifest)))
-    assert stop.value.code == 0
+def test_preflight_only_stops_before_the_first_step_without_an_error(tiny, tmp_path, capsys):
+    """It takes no lock: a training may be writing the folder."""
+    train.main(arguments(tiny, tmp_path / "o", "--preflight_only", "--eval_data_path", str(tiny.manifest)))
     out = capsys.readouterr().out
     assert "vectors of the projector: 9.9" in out
     assert "5 of its 5 texts stand in the training set too" in out
-    assert not (tmp_path / "o" / "model.safetensors").exists()
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_flags_of_other_projects_change_training_and_evaluation_data_alike(tiny, tmp_path, capsys, monkeypatch):
@@ -82,9 +81,7 @@ def test_the_flags_of_other_projects_change_training_and_evaluation_data_alike(t
     flags[at + 1 : at + 2] = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
     flags += ["--eval_data_path", str(tmp_path / "b.jsonl"), "--audio_column_name", "path", "--text_column_name", "sentence"]
     flags += ["--text_lowercase", "--chars_to_ignore", ",", "!", "--min_duration_in_seconds", "1"]
-    with pytest.raises(SystemExit) as stop:
-        train.main([*flags, "--max_duration_in_seconds", "2"])
-    assert stop.value.code == 0
+    train.main([*flags, "--max_duration_in_seconds", "2"])
     train_set, eval_set = sets
     assert [train_set.record(i).txt for i in range(len(train_set))] == ["text a"] * 3 + ["text b"] * 3
     assert [eval_set.record(i).txt for i in range(len(eval_set))] == ["text b"] * 3
