@@ -94,7 +94,8 @@ def test_killed_at_random_steps(tiny, tmp_path, ranks):
         train.main([*map(str, arguments(tiny, tmp_path / "cut", *flags))])
     assert str(stop.value) == (
         f"error: {newest} was trained by 2 processes without DeepSpeed, this is 1 process without DeepSpeed: start as many "
-        f"again, or a new training from its weights alone: --checkpoint {newest} --output_dir NEW"
+        f"again, or a new training from its weights alone: --checkpoint {newest} --output_dir NEW (and --align_steps 0, if "
+        "that is done)"
     )
     more = ("--checkpoint", str(newest), "--max_steps", "1", "--learning_rate", "0")
     train.main(arguments(tiny, tmp_path / "new", *more))
