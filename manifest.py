@@ -152,20 +152,16 @@ class Manifest(Sequence):
         return range(0, len(self), max(1, math.ceil(len(self) / most)))
 
 
-def read_manifest(
-    paths: str | Path | Sequence[str | Path], need_txt: bool = True, form: Form = AS_IS, unique: bool = False
-) -> Manifest:
+def read_manifest(paths: str | Path | Sequence[str | Path], need_txt: bool = True, form: Form = AS_IS) -> Manifest:
     """Check one or more jsonl files in one pass and return their records; blank lines and a BOM are skipped.
 
-    Keys are unique within a file, with `unique` (where results are joined by key) over all files. Raises InputError for
-    the first line that is not a usable record: bad JSON, a missing field (the text if `need_txt`), not UTF-8; else for
-    a key seen before.
+    Keys are unique within a file. Raises InputError for the first line that is not a usable record: bad JSON, a missing
+    field (the text if `need_txt`), not UTF-8; else for a key seen before.
     """
     manifest = Manifest([Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)], form)
     keys = array("q")
     for path in manifest.paths:
         manifest.starts.append(len(manifest))
-        salt = 0 if unique else hash(len(manifest.starts))
         try:
             with path.open("rb") as file:
                 offset = 0
@@ -175,7 +171,7 @@ def read_manifest(
                         key, _, txt, duration = parse_line(line[bom:], path, number, form)
                         if need_txt and txt is None:
                             raise InputError(f'{path}:{number}: field "{form.text}" is missing: it holds the transcript')
-                        keys.append(hash(key) ^ salt)
+                        keys.append(hash(key) ^ len(manifest.starts))  # another in another file
                         manifest.offsets.append(offset + bom)
                         manifest.lines.append(number)
                         manifest.durations.append(math.nan if duration is None else duration)
@@ -184,19 +180,19 @@ def read_manifest(
             raise InputError(f"{path}: cannot read the manifest ({error.strerror})") from None
         if len(manifest) == manifest.starts[-1]:
             raise InputError(f"{path}: no line in it")
-    _check_keys(manifest, np.frombuffer(keys, np.int64), unique)
+    _check_keys(manifest, np.frombuffer(keys, np.int64))
     return manifest
 
 
-def _check_keys(manifest: Manifest, hashes: np.ndarray, unique: bool) -> None:
+def _check_keys(manifest: Manifest, hashes: np.ndarray) -> None:
     """Raise InputError at the first line whose key was seen before; hashes (lines,)."""
     order = np.argsort(hashes, kind="stable")
     again = hashes[order[1:]] == hashes[order[:-1]]
     for later, earlier in sorted(zip(order[1:][again].tolist(), order[:-1][again].tolist(), strict=True)):
         key, same_file = manifest[later].key, manifest.file_of(later) == manifest.file_of(earlier)
-        if key == manifest[earlier].key and (unique or same_file):  # else two keys of one hash
-            seen = f"on line {manifest.lines[earlier]}" if same_file else f"in {manifest.where(earlier)}"
-            raise InputError(f'{manifest.where(later)}: key {key!r} was seen before, {seen}: give each line its own "key"')
+        if key == manifest[earlier].key and same_file:  # else two keys of one hash
+            seen = f"was seen before, on line {manifest.lines[earlier]}"
+            raise InputError(f'{manifest.where(later)}: key {key!r} {seen}: give each line its own "key"')
 
 
 class TextLines(Sequence):

@@ -134,7 +134,7 @@ def build_trainer(
     train_set = make_set(manifest, augmentation=augmentation, seed=args.seed, texts=texts, text_share=data_args.text_share)
     eval_set = None
     if data_args.eval_data_path:
-        eval_set = make_set(read_manifest(data_args.eval_data_path, form=form, unique=True))
+        eval_set = make_set(read_manifest(data_args.eval_data_path, form=form))
     if args.process_index == 0:
         print(f"projector: {model.projector.size()} (÷ 1024²) parameters")
         preflight(train_set, eval_set)
