@@ -1,24 +1,28 @@
-"""Speech → text with a trained projector: one line `key text` for each file, or line of the manifest, in its order.
+"""Speech → text with a trained projector: one line `key text` for each file, or line of a manifest, in its order.
 
-    python recognize.py speech.wav more.mp3            # with the small checkpoint that comes along
-    python recognize.py --checkpoint exp --data_path test.jsonl --result_path result.txt
+    python recognize.py speech.wav more.mp3 folder/    # with the small checkpoint that comes along
+    python recognize.py --checkpoint exp --data_path test.jsonl --result_path result.txt result.jsonl
+    torchrun --nproc_per_node 8 recognize.py --checkpoint exp --data_path test.jsonl --result_path result.txt
     python recognize.py --llm_model_name_or_path Qwen/Qwen2-1.5B-Instruct --whisper_model_name_or_path tiny \\
         --projector_model_path exp/checkpoint-600/model.safetensors --data_path test.jsonl --result_path result.txt
 
-A clip that cannot be decoded gets an empty line, is reported on stderr and in the summary, and makes the exit code 1.
-An interrupted run continues when started again: finished clips wait in `RESULT_PATH.partial`.
+    names ─ find ─ records ─ read_ahead ─ windows of pieces ─ batches ─ decode ─ complete ─ outcomes ─ Progress ─ write
+
+A file that cannot be decoded gets an empty line, is reported on stderr and in the last line, and makes the exit code 1.
+An interrupted run continues when started again: finished files wait in `RESULT_PATH.partial`.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -29,22 +33,33 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 from audio import load_audio, log_mel, speech_vectors
 from ctc import greedy_path
 from dataset import SpeechCollator
-from manifest import Manifest, Record, read_manifest
+from manifest import Record
 from model import SpeechLLM, build_model
+from progress import Progress, processes
 from prompt import Prompt, load_tokenizer
+from results import Outcome, Summary, write
+from results import check as check_results
+from score import report as score_report
+from score import score
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings, weights_file
+from sources import find, has_transcriptions, shares
+from transcript import Hypothesis, joined
 
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
 SPARE_TOKENS = 8
+MOST_SECONDS = N_SAMPLES / SAMPLE_RATE
 PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
+WINDOW_BATCHES = 4  # so many times --batch_seconds are read ahead and sorted by length
+NO_MATTER = ("data_path", "result_path", "batch_size", "batch_seconds", "device")  # to an outcome
 
 
 @dataclass
 class DecodeArguments:
-    data_path: str | None = field(default=None, metadata={"help": "Manifest (jsonl) of what to recognize."})
-    result_path: str | None = field(
-        default=None, metadata={"help": "Where the lines `key text` of a manifest go; result.txt."}
+    data_path: str | None = field(default=None, metadata={"help": "What to recognize: manifest (jsonl), folder, file."})
+    result_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files to write: .txt .jsonl .tsv .srt .vtt; of a --data_path result.txt, else the screen."},
     )
     decoder: Literal["auto", "ctc", "llm", "joint"] = field(
         default="auto",
@@ -52,17 +67,13 @@ class DecodeArguments:
     )
     joint_weight: float = field(default=0.8, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
-    batch_size: int = field(default=8, metadata={"help": "Clips decoded together."})
+    batch_size: int = field(default=8, metadata={"help": "At most so many clips are decoded together …"})
+    batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, mps, cpu; the first that is there."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the frozen weights; auto is bfloat16 on a GPU, float32 elsewhere."}
     )
-
-
-class Hypothesis(NamedTuple):
-    text: str
-    ended: bool | None  # by the LLM's end-of-turn token rather than by the limit; None where no LLM writes
 
 
 class Transcriber:
@@ -155,7 +166,8 @@ def cut_at_pauses(audio: np.ndarray, longest: int = N_SAMPLES) -> list[np.ndarra
 
 def usable_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is; raises InputError for one that is not there."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(torch.cuda.device_count(), 1)}"  # of each process another
+    best = own if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name or best)
         return torch.device(name or best)
@@ -169,10 +181,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[str | InputError]:
+def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[Hypothesis | InputError]:
     """Transcribe a batch; out of memory, its halves; a clip that does not fit alone yields an InputError in its place."""
     try:
-        return transcriber.transcribe(clips)
+        return transcriber.hypotheses(clips)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -183,62 +195,111 @@ def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[str | 
     return decode(transcriber, clips[:half]) + decode(transcriber, clips[half:])
 
 
-class Outcome(NamedTuple):
-    key: str
-    text: str
-    error: str
-    seconds: float
+class Piece(NamedTuple):
+    start: float  # seconds
+    audio: np.ndarray
 
 
-def read_clip(transcriber: Transcriber, record: Record) -> tuple[list[np.ndarray], str, float]:
-    """(pieces that can be decoded, what is wrong, seconds) of a record; never raises for a bad file."""
-    try:
-        audio, problem = load_audio(record.wav)
-    except InputError as error:
-        return [], str(error), 0.0
-    pieces = [piece for piece in cut_at_pauses(audio) if transcriber.usable(piece)]
-    if not pieces:
-        problem = problem or ("shorter than one projector window" if len(audio) else "has no samples")
-    return pieces, f"{record.wav}: {problem}" if problem else "", len(audio) / SAMPLE_RATE
+class Pieces:
+    """The pieces of a recording, each at most 30 s; once they are read, its `problem` and length in `seconds` are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.problem, self.seconds = path, "", 0.0
+
+    def __iter__(self) -> Iterator[Piece]:
+        audio, self.problem = load_audio(self.path)
+        for piece in cut_at_pauses(audio):
+            yield Piece(self.seconds, piece)
+            self.seconds += len(piece) / SAMPLE_RATE
 
 
-def recognize(transcriber: Transcriber, records: Sequence[Record], batch_size: int) -> list[Outcome]:
-    """Decode some records together, `batch_size` pieces at a time; one outcome for each, whatever happens to it."""
-    read = [read_clip(transcriber, record) for record in records]
-    flat = [(i, piece) for i, (pieces, _, _) in enumerate(read) for piece in pieces]
-    texts: list[list[str]] = [[] for _ in records]
-    errors = [problem for _, problem, _ in read]
-    for start in range(0, len(flat), batch_size):
-        batch = flat[start : start + batch_size]
-        for (i, _), text in zip(batch, decode(transcriber, [piece for _, piece in batch]), strict=True):
-            if isinstance(text, InputError):
-                errors[i] = f"{records[i].wav}: {text}"
-            else:
-                texts[i].append(text)
-    return [
-        Outcome(record.key, " ".join(filter(None, words)), error, seconds)
-        for record, words, error, (_, _, seconds) in zip(records, texts, errors, read, strict=True)
-    ]
+class Part(NamedTuple):
+    """A piece of a record, or its end: then `problem` and `seconds` are the whole record's."""
+
+    record: Record
+    piece: Piece | None
+    problem: str = ""
+    seconds: float = 0.0
 
 
-class Progress:
-    """Outcomes as they come, in RESULT_PATH.partial: a first line that identifies the run, then one JSON line each."""
+def read_parts(transcriber: Transcriber, records: Iterable[Record]) -> Iterator[Part]:
+    """The usable pieces of each record, then its end; whatever is wrong with a file is its `problem`."""
+    for record in records:
+        pieces, problem, usable = Pieces(record.wav), "", False
+        try:
+            for piece in pieces:
+                if transcriber.usable(piece.audio):
+                    usable = True
+                    yield Part(record, piece)
+        except InputError as error:
+            problem = str(error).removeprefix(f"{record.wav}: ")
+        problem = problem or pieces.problem
+        if not usable and pieces.seconds <= MOST_SECONDS:  # a longer one may be nothing but silence
+            problem = problem or ("shorter than one projector window" if pieces.seconds else "has no samples")
+        yield Part(record, None, problem, pieces.seconds)
 
-    def __init__(self, path: Path, identity: dict) -> None:
-        self.path, self.done = path, {}
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        whole = lines[:-1]  # what follows the last newline was cut off by the interruption
-        if whole and whole[0] == json.dumps(identity):
-            outcomes = (Outcome(*json.loads(line)) for line in whole[1:])
-            self.done = {outcome.key: outcome for outcome in outcomes if not outcome.error}  # the others are tried again
-        with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(identity) + "\n")
-        self.add(list(self.done.values()))
 
-    def add(self, outcomes: list[Outcome]) -> None:
-        self.done |= {outcome.key: outcome for outcome in outcomes}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)
+def read_ahead(parts: Iterator[Part], seconds: float) -> Iterator[list[Part]]:
+    """Windows of so many seconds of audio: while one is worked on, a thread reads the next."""
+
+    def gather() -> list[Part]:
+        window, total = [], 0.0
+        while total < seconds and (part := next(parts, None)):
+            window.append(part)
+            total += len(part.piece.audio) / SAMPLE_RATE if part.piece else 0.1  # a record without audio takes room too
+        return window
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(gather)
+        while window := ahead.result():
+            ahead = reader.submit(gather)
+            yield window
+
+
+def batches(parts: Sequence[Part], size: int, seconds: float) -> Iterator[list[Part]]:
+    """The longest first, neighbours in length together: as many as `seconds` hold with their padding, at most `size`."""
+    parts = sorted(parts, key=lambda part: len(part.piece.audio), reverse=True)
+    while parts:
+        fit = int(seconds * SAMPLE_RATE / len(parts[0].piece.audio))
+        batch, parts = parts[: max(1, min(fit, size))], parts[max(1, min(fit, size)) :]
+        yield batch
+
+
+def recognize(
+    transcriber: Transcriber,
+    records: Iterable[Record],
+    batch_size: int,
+    batch_seconds: float = 240.0,
+    window_batches: int = WINDOW_BATCHES,
+) -> Iterator[Outcome]:
+    """One outcome for each record, whatever happens to it, as soon as it is complete: not in the records' order."""
+    found: dict[str, list[tuple[Piece, Hypothesis | InputError]]] = defaultdict(list)  # of records that are not complete
+    spent: dict[str, float] = defaultdict(float)
+    for window in read_ahead(read_parts(transcriber, records), batch_seconds * window_batches):
+        ends = {part.record.key: part for part in window if not part.piece}
+        pieces = [part for part in window if part.piece]
+        left = Counter(part.record.key for part in pieces)
+        yield from (complete(end, found.pop(key, []), spent.pop(key, 0.0)) for key, end in ends.items() if not left[key])
+        for batch in batches(pieces, batch_size, batch_seconds):
+            began = time.monotonic()
+            hypotheses = decode(transcriber, [part.piece.audio for part in batch])
+            share = (time.monotonic() - began) / sum(len(part.piece.audio) for part in batch)
+            for part, hypothesis in zip(batch, hypotheses, strict=True):
+                key = part.record.key
+                found[key].append((part.piece, hypothesis))
+                spent[key] += share * len(part.piece.audio)
+                left[key] -= 1
+                if not left[key] and key in ends:
+                    yield complete(ends[key], found.pop(key), spent.pop(key))
+
+
+def complete(end: Part, found: list[tuple[Piece, Hypothesis | InputError]], seconds: float) -> Outcome:
+    """A record's pieces, decoded in any order, as its outcome."""
+    found = sorted(found, key=lambda pair: pair[0].start)
+    lost = [str(hypothesis) for _, hypothesis in found if isinstance(hypothesis, InputError)]
+    pieces = [(p.start, len(p.audio) / SAMPLE_RATE, h) for p, h in found if not isinstance(h, InputError)]
+    transcript = joined(pieces, end.seconds, "; ".join(filter(None, [end.problem, *lost])))
+    return Outcome(end.record.key, str(end.record.wav), transcript, seconds)
 
 
 def use_shipped(model_args: ModelArguments) -> None:
@@ -249,6 +310,8 @@ def use_shipped(model_args: ModelArguments) -> None:
         if not getattr(model_args, flag):
             setattr(model_args, flag, str(path))
             if not path.exists():
+                if processes()[1] > 1:
+                    raise InputError("fetch the two small models first: python demo/fetch_models.py")
                 print("fetching two small models for the checkpoint that comes along (164 MB, once)", file=sys.stderr)
                 if subprocess.run([sys.executable, DEMO / "fetch_models.py"], stdout=sys.stderr).returncode:
                     raise InputError("the models could not be fetched: see above, or give --checkpoint")
@@ -256,81 +319,124 @@ def use_shipped(model_args: ModelArguments) -> None:
 
 
 def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] = ()) -> int:
-    """Decode files onto the screen, or a manifest into args.result_path; returns the exit code.
+    """Decode onto the screen, or into args.result_path; returns the exit code.
 
     Raises InputError for what stops everything.
     """
-    if bool(files) == bool(args.data_path):
-        raise InputError("give either audio files or --data_path, the manifest (jsonl) of what to recognize")
-    for name in ("num_beams", "batch_size", "max_new_tokens"):
+    names = [*files, *([args.data_path] if args.data_path else [])]
+    if not names:
+        raise InputError("give audio files, folders or a manifest (jsonl) to recognize, or --data_path")
+    for name in ("num_beams", "batch_size", "batch_seconds", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1")
+    records = find(names)
+    paths = [Path(path) for path in args.result_path or (["result.txt"] if args.data_path else [])]
+    check_results(paths, records)
+    if processes()[1] > 1 and not paths:
+        raise InputError("several processes need a --result_path")
     if not model_args.start():
         use_shipped(model_args)
-    if files and args.result_path:
-        raise InputError("--result_path is for a --data_path: the text of files goes to the screen")
-    if files:
-        return recognize_files(Transcriber.from_arguments(model_args, args), files, args.batch_size)
-    manifest = read_manifest(args.data_path, need_txt=False)
     transcriber = Transcriber.from_arguments(model_args, args)
-    result = Path(args.result_path or "result.txt")
+    references = {r.key: r.txt for r in records if r.txt is not None} if any(map(has_transcriptions, names)) else {}
+    if not paths:
+        return onto_the_screen(transcriber, records, references, args)
     try:
-        result.parent.mkdir(parents=True, exist_ok=True)
-        outcomes, speed = decode_manifest(transcriber, manifest, result, model_args, args)
-        finished = result.with_name(f"{result.name}.new")
-        finished.write_text("".join(f"{o.key} {o.text}\n" for o in outcomes), encoding="utf-8")
-        os.replace(finished, result)
-        partial_path(result).unlink()
+        return into_files(transcriber, records, references, paths, model_args, args)
     except OSError as error:  # bad clips were reported one by one: what is left is the result's own folder
-        raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
-    return summarize(outcomes, speed, result)
+        raise InputError(f"{error.filename or paths[0]}: cannot write the result ({error.strerror})") from None
 
 
-def recognize_files(transcriber: Transcriber, files: Sequence[str], batch_size: int) -> int:
-    """Print `file text` for each; returns the exit code."""
-    problems = 0
-    for first in range(0, len(files), batch_size):
-        records = [Record(file, Path(file), None, None, file) for file in files[first : first + batch_size]]
-        for outcome in recognize(transcriber, records, batch_size):
-            print(f"{outcome.key} {outcome.text}", flush=True)
-            if outcome.error:
-                print(outcome.error, file=sys.stderr)
-                problems += 1
-    return 1 if problems else 0
+def onto_the_screen(
+    transcriber: Transcriber, records: Sequence[Record], references: dict[str, str], args: DecodeArguments
+) -> int:
+    """Print `key text` for each, in order."""
+    began, summary, texts = time.monotonic(), Summary(), {}
+    waiting: dict[str, Outcome] = {}
+    outcomes = recognize(transcriber, records, args.batch_size, args.batch_seconds, window_batches=1)
+    for record in records:
+        while record.key not in waiting:
+            outcome = next(outcomes)
+            waiting[outcome.key] = outcome
+        outcome = waiting.pop(record.key)
+        print(f"{outcome.key} {outcome.text}", flush=True)
+        report(summary, outcome.as_dict())
+        if references:
+            texts[outcome.key] = outcome.text
+    print_scores(references, texts, sys.stderr)
+    print(summary.line(summary.audio, time.monotonic() - began), file=sys.stderr)
+    return 1 if summary.reasons else 0
 
 
-def partial_path(result: Path) -> Path:
-    return result.with_name(f"{result.name}.partial")
+def into_files(
+    transcriber: Transcriber,
+    records: Sequence[Record],
+    references: dict[str, str],
+    paths: Sequence[Path],
+    model_args: ModelArguments,
+    args: DecodeArguments,
+) -> int:
+    """Decode this process's share of what earlier runs have left; the last process writes `paths`, in the records' order."""
+    began = time.monotonic()
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    progress = Progress(paths[0], identity(records, model_args, args), len(records))
+    share = shares(records, progress.processes)[progress.process]
+    todo = [int(place) for place in share if not progress.before[place]]
+    if progress.before.any() and not progress.process:
+        print(f"continuing: {progress.before.sum()} of {len(records)} are done", file=sys.stderr)
+    places: dict[str, int] = {}  # of the records that are being read or decoded
+
+    def reading() -> Iterator[Record]:
+        for place in todo:
+            record = records[place]
+            places[record.key] = place
+            yield record
+
+    with tqdm(total=len(todo), unit="file", disable=True if progress.process else None) as bar, progress.others_go_on():
+        for outcome in recognize(transcriber, reading(), args.batch_size, args.batch_seconds):
+            progress.add(places.pop(outcome.key), outcome.as_dict())
+            bar.update()
+    if not progress.finish():
+        who = f"process {progress.process}"
+        print(f"{who}: its {len(share)} files are done; the last process writes the result", file=sys.stderr)
+        return 0
+    if progress.lacking():
+        raise InputError(progress.lacking())
+    for path in paths:
+        write(path, progress)
+    summary, texts, audio = Summary(), {}, 0.0
+    for outcome, before in zip(progress, progress.before, strict=True):
+        report(summary, outcome)
+        audio += 0 if before else outcome["duration"]
+        if references:
+            texts[outcome["key"]] = outcome["text"]
+    progress.remove()
+    print_scores(references, texts, sys.stdout)
+    print(f"{' '.join(map(str, paths))}: {summary.line(audio, time.monotonic() - began)}")
+    return 1 if summary.reasons else 0
 
 
-def decode_manifest(
-    transcriber: Transcriber, manifest: Manifest, result: Path, model_args: ModelArguments, args: DecodeArguments
-) -> tuple[list[Outcome], float]:
-    """Decode what an earlier, interrupted run has not; (outcomes in manifest order, × real time of this run)."""
-    weights = weights_file(model_args.start())
-    digests = [sha256(path.read_bytes()).hexdigest() for path in (weights, manifest.path)]
-    options = [args.num_beams, args.max_new_tokens, args.dtype, args.decoder, args.joint_weight]
-    progress = Progress(partial_path(result), {"weights": digests[0], "manifest": digests[1], "options": options})
-    if progress.done:
-        print(f"continuing: {len(progress.done)} of {len(manifest)} are done", file=sys.stderr)
-    todo = [i for i, record in enumerate(manifest) if record.key not in progress.done]
-    start = time.monotonic()
-    with tqdm(total=len(todo), unit="clip", disable=None) as bar:
-        for first in range(0, len(todo), args.batch_size):
-            records = [manifest[i] for i in todo[first : first + args.batch_size]]
-            progress.add(recognize(transcriber, records, args.batch_size))
-            bar.update(len(records))
-    seconds = sum(progress.done[manifest[i].key].seconds for i in todo)
-    return [progress.done[record.key] for record in manifest], seconds / (time.monotonic() - start)
+def identity(records: Sequence[Record], model_args: ModelArguments, args: DecodeArguments) -> dict:
+    """What an outcome depends on: only such a run may be continued."""
+    listed = sha256()
+    for record in records:
+        listed.update(repr(record._replace(txt=None, where="")).encode("utf-8", "backslashreplace"))
+    weights = sha256(weights_file(model_args.start()).read_bytes()).hexdigest()
+    options = {name: value for name, value in asdict(args).items() if name not in NO_MATTER}
+    return {"weights": weights, "records": listed.hexdigest(), "options": options}
 
 
-def summarize(outcomes: list[Outcome], speed: float, result: Path) -> int:
-    failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        print(f"{outcome.key}: {outcome.error}", file=sys.stderr)
-    hours = sum(outcome.seconds for outcome in outcomes) / 3600
-    print(f"{result}: {len(outcomes)} clips, {hours:.2f} h, {speed:.1f} × real time, {len(failed)} with problems")
-    return 1 if failed else 0
+def report(summary: Summary, outcome: dict) -> None:
+    summary.add(outcome)
+    if outcome["error"]:
+        file = "" if outcome["wav"] == outcome["key"] else f"{outcome['wav']}: "
+        print(f"{outcome['key']}: {file}{outcome['error']}", file=sys.stderr)
+
+
+def print_scores(references: dict[str, str], texts: dict[str, str], stream: TextIO) -> None:
+    """WER and CER of what has a transcription."""
+    if references:
+        scored = score(references, {key: text for key, text in texts.items() if key in references})
+        print(score_report(scored, "basic"), file=stream)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -340,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *arguments, files = parse((ModelArguments, DecodeArguments), argv, files=True)
             return run(*arguments, files)
         except KeyboardInterrupt:
-            raise InputError("interrupted: with --data_path the same command continues where it stopped") from None
+            raise InputError("interrupted: with a --result_path the same command continues where it stopped") from None
 
 
 if __name__ == "__main__":

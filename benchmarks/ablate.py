@@ -161,11 +161,12 @@ class Clock(TrainerCallback):
         model.eval()
         model.splice = counting
         dev = self.dev if decoder == "ctc" else list(self.dev)[::2]  # with the LLM it takes a minute
-        outcomes = recognize(Transcriber(model, dataset.prompt, DecodeArguments(decoder=decoder, num_beams=1)), dev, 16)
+        transcriber = Transcriber(model, dataset.prompt, DecodeArguments(decoder=decoder, num_beams=1))
+        outcomes = list(recognize(transcriber, dev, 16))
         model.splice = splice
         model.train()
         spoken, written = {r.key: r.txt for r in dev}, {o.key: o.text for o in outcomes}
-        seconds = sum(outcome.seconds for outcome in outcomes)
+        seconds = sum(outcome.duration for outcome in outcomes)
         return score(spoken, written, normalizer("english")).words.rate, round(sum(read) / seconds, 2)
 
     def loss_of_the_llm(self) -> float:

@@ -71,8 +71,8 @@ def main() -> None:
         transcriber = Transcriber.from_arguments(models, DecodeArguments(dtype=args.dtype, **options))
         cells, seconds, start = [], 0.0, time.monotonic()
         for records in sets.values():
-            outcomes = recognize(transcriber, records, 16)
-            seconds += sum(outcome.seconds for outcome in outcomes)
+            outcomes = list(recognize(transcriber, records, 16))
+            seconds += sum(outcome.duration for outcome in outcomes)
             cells.append(wer(records, {outcome.key: outcome.text for outcome in outcomes}))
         name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"
         print(f"| {name} | " + " | ".join(cells) + f" | {seconds / (time.monotonic() - start):.1f} |", flush=True)

@@ -11,7 +11,7 @@ from conftest import RATE, audio, build_system, run_script, write_clip, write_ma
 from test_dataset import bad_audio
 
 import recognize
-from recognize import DecodeArguments, Transcriber, cut_at_pauses
+from recognize import DecodeArguments, Hypothesis, Transcriber, cut_at_pauses
 from settings import InputError, ModelArguments
 
 
@@ -24,14 +24,15 @@ def trained(tiny, tmp_path_factory):
 
 def options(trained, manifest, result, **more):
     return ModelArguments(checkpoint=str(trained)), DecodeArguments(
-        data_path=str(manifest), result_path=str(result), num_beams=1, device="cpu", **more
+        data_path=str(manifest), result_path=[str(result)], num_beams=1, device="cpu", **more
     )
 
 
 @pytest.fixture
 def echo(monkeypatch):
     """Texts that say how many seconds were decoded: a random model's own may be empty."""
-    monkeypatch.setattr(Transcriber, "transcribe", lambda self, clips: [f"{len(clip) / RATE:.1f}" for clip in clips])
+    said = lambda self, clips: [Hypothesis(f"{len(clip) / RATE:.1f}") for clip in clips]  # noqa: E731
+    monkeypatch.setattr(Transcriber, "hypotheses", said)
 
 
 def lines(path):
@@ -79,8 +80,9 @@ def test_bad_clips_get_an_empty_line_a_report_and_exit_code_1(tiny, trained, tmp
     out, err = capsys.readouterr()
     written = dict(line.split(" ", 1) for line in lines(tmp_path / "r.txt"))
     assert list(written) == [item["key"] for item in items]
-    assert f"{len(items)} clips" in out
-    assert f"{len(BAD)} with problems" in out
+    assert f"{len(items)} files, 0.00 h, RTFx " in out
+    assert f"{len(BAD)} failed (" in out
+    assert all(why in out for _, why in BAD)
     for kind, why in BAD:
         assert written[kind] == ""
         assert any(line.startswith(f"{kind}: ") and why in line for line in err.splitlines()), err
@@ -117,21 +119,29 @@ def test_the_python_interface_refuses_clips_it_cannot_take(trained, seconds):
         Transcriber.from_checkpoint(trained, device="cpu").transcribe(audio(seconds))
 
 
+def killed_in_batch(number):
+    """A `decode` that is interrupted in the batch of that number, from 1."""
+    real, calls = recognize.decode, []
+
+    def decode(transcriber, clips):
+        calls.append(len(clips))
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(transcriber, clips)
+
+    return decode
+
+
 def test_failed_clips_are_tried_again_by_the_next_run(tiny, trained, tmp_path, monkeypatch, echo):
     manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": "a.wav"}, {"key": "b", "wav": "b.wav"}])
-    real = recognize.recognize
-
-    def killed_at_the_end(transcriber, records, batch_size):
-        if records[0].key == "b":
-            raise KeyboardInterrupt
-        return real(transcriber, records, batch_size)
-
-    monkeypatch.setattr(recognize, "recognize", killed_at_the_end)
+    write_clip(tmp_path / "b.wav", 1.0)
+    real = recognize.decode
+    monkeypatch.setattr(recognize, "decode", killed_in_batch(1))
     with pytest.raises(KeyboardInterrupt):
         recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=1))
-    monkeypatch.setattr(recognize, "recognize", real)
-    for name in ("a", "b"):
-        write_clip(tmp_path / f"{name}.wav", 1.0)
+    assert "no such file" in (tmp_path / "r.txt.partial").read_text()
+    monkeypatch.setattr(recognize, "decode", real)
+    write_clip(tmp_path / "a.wav", 1.0)
     assert recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=1)) == 0
     assert lines(tmp_path / "r.txt") == ["a 1.0", "b 1.0"]
 
@@ -166,14 +176,14 @@ def test_a_hypothesis_is_one_line(trained):
 def fake(limit: int):
     """A transcriber that runs out of memory on more than `limit` clips, and on a clip of one sample."""
 
-    def transcribe(clips):
+    def hypotheses(clips):
         calls.append(len(clips))
         if len(clips) > limit or any(len(clip) == 1 for clip in clips):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return [f"text{len(clip)}" for clip in clips]
+        return [Hypothesis(f"text{len(clip)}") for clip in clips]
 
     calls: list[int] = []
-    return SimpleNamespace(transcribe=transcribe, calls=calls)
+    return SimpleNamespace(hypotheses=hypotheses, calls=calls)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +204,13 @@ def test_out_of_memory_halves_the_batch_and_at_one_reports():
     transcriber = fake(limit=2)
     clips = [np.zeros(n) for n in (5, 6, 1, 7, 8)]
     found = recognize.decode(transcriber, clips)
-    assert [str(text) for text in found] == ["text5", "text6", "out of memory on 0.0 s alone", "text7", "text8"]
+    assert [getattr(one, "text", str(one)) for one in found] == [
+        "text5",
+        "text6",
+        "out of memory on 0.0 s alone",
+        "text7",
+        "text8",
+    ]
     assert isinstance(found[2], InputError)
     assert transcriber.calls[0] == 5
 
@@ -204,7 +220,7 @@ def test_other_errors_are_bugs_and_stay_loud():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        recognize.decode(SimpleNamespace(transcribe=broken), [np.zeros(9)])
+        recognize.decode(SimpleNamespace(hypotheses=broken), [np.zeros(9)])
 
 
 def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path, monkeypatch, capsys):
@@ -213,30 +229,21 @@ def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path,
     recognize.run(*arguments)
     expected = lines(result)
     result.unlink()
-    real, seen = recognize.recognize, []
-
-    def killed_in_the_second_batch(transcriber, records, batch_size):
-        if seen:
-            raise KeyboardInterrupt
-        seen.append([record.key for record in records])
-        return real(transcriber, records, batch_size)
-
-    monkeypatch.setattr(recognize, "recognize", killed_in_the_second_batch)
+    real, decoded = recognize.decode, []
+    monkeypatch.setattr(recognize, "decode", killed_in_batch(2))
     with pytest.raises(KeyboardInterrupt):
         recognize.run(*arguments)
     partial = tmp_path / "r.txt.partial"
     with partial.open("a") as file:
-        file.write('["clip2", "half a li')  # cut off in the middle of a write
+        file.write('[2, {"key": "clip2", "text": "half a li')  # cut off in the middle of a write
     decoded = []
-    monkeypatch.setattr(
-        recognize, "recognize", lambda t, records, b: decoded.extend(r.key for r in records) or real(t, records, b)
-    )
+    monkeypatch.setattr(recognize, "decode", lambda t, clips: decoded.extend(map(len, clips)) or real(t, clips))
     assert not result.exists()
     recognize.run(*arguments)
     assert "continuing: 2 of 5 are done" in capsys.readouterr().err
-    assert decoded == ["clip2", "clip3", "clip4"]
+    assert [round(samples / RATE, 2) for samples in decoded] == [1.23, 1.0, 0.61]  # the longest two were done
     assert lines(result) == expected
-    assert not partial.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["r.txt"]
 
 
 def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained, tmp_path, capsys):
@@ -250,7 +257,7 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
     ("arguments", "message"),
     [
         (["--checkpoint", "no-such-folder", "--data_path", "MANIFEST"], "error: no-such-folder is not a checkpoint"),
-        (["--checkpoint", "TRAINED"], "error: give either audio files or --data_path"),
+        (["--checkpoint", "TRAINED"], "error: give audio files, folders or a manifest"),
         (
             ["--checkpoint", "TRAINED", "--data_path", "MANIFEST", "--beams", "3"],
             "error: unknown flags or values: --beams 3",
