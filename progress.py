@@ -11,10 +11,10 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -41,20 +41,64 @@ def this_run() -> str:
     return " ".join([*(os.environ.get(name, "") for name in names), str(os.getppid()) if one_machine else ""])
 
 
+def beside(result: Path, suffix: str = "") -> Path:
+    return result.with_name(f"{result.name}.partial{suffix}")
+
+
+class Desk(NamedTuple):
+    """A process's place at work: the lock it holds, which run it belongs to, and the process that started it."""
+
+    lock: TextIO
+    run: str
+    parent: int
+
+
+def at_work(result: Path) -> Desk:
+    """Take part in making `result`. Of several processes each works in a child of its own, where this returns.
+
+    For torchrun ends all processes as soon as one fails. So a parent whose child has failed ends when no other is at work
+    any more: the others finish their shares.
+    """
+    result.parent.mkdir(parents=True, exist_ok=True)
+    lock, run, (process, count) = beside(result, ".lock").open("a"), this_run(), processes()
+    if fcntl:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    if count == 1:
+        return Desk(lock, run, os.getppid())
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        said = f"process {process} goes on for the 30 s that torchrun gives it; then {AGAIN}\n".encode()
+        signal.signal(signal.SIGTERM, lambda *_: os.write(2, said) and None)
+        return Desk(lock, run, os.getppid())
+    for stop in (signal.SIGTERM, signal.SIGINT):  # which the child gets too
+        signal.signal(stop, signal.SIG_IGN)
+    lock.close()  # the child holds it on, and it ends with the child
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        what = f"process {process} was ended by signal {-code}: what it had done is kept, the others go on; then {AGAIN}"
+        print(what, file=sys.stderr, flush=True)
+    if code:
+        with suppress(FileNotFoundError), beside(result, ".lock").open("r+") as lock:  # gone: the result is written
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    os._exit(code if code >= 0 else 1)
+
+
 class Progress:
     """The outcomes (dicts that JSON can hold, with `error`) of `count` records, by place."""
 
-    def __init__(self, result: Path, identity: dict, count: int) -> None:
-        """Continue what stands beside `result` if it has this identity. Raises InputError if another run writes there."""
-        self.base, self.count = result.with_name(f"{result.name}.partial"), count
+    def __init__(self, result: Path, desk: Desk, identity: dict, count: int) -> None:
+        """Continue what stands beside `result` if it has this identity.
+
+        Raises InputError if another run writes there.
+        """
+        self.result, self.desk, self.count = result, desk, count
         self.process, self.processes = processes()
-        self.mark = {"run": this_run(), "process": self.process}
+        self.mark = {"run": desk.run, "process": self.process}
         self.header = json.dumps(identity).encode() + b"\n"
-        self.lock = self._sibling("lock").open("a")
-        own = self._sibling(str(self.process)) if self.process else self.base
+        own = beside(result, f".{self.process}" if self.process else "")
         self.own = own.open("a+b")
         if fcntl:
-            fcntl.flock(self.lock, fcntl.LOCK_SH)
             try:
                 fcntl.flock(self.own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -68,9 +112,6 @@ class Progress:
         self.read()
         self.before = (self.file >= 0) & ~self.failed  # the others are tried again
 
-    def _sibling(self, suffix: str) -> Path:
-        return self.base.with_name(f"{self.base.name}.{suffix}")
-
     def _write(self, data: bytes) -> None:
         self.own.write(data)
         self.own.flush()
@@ -80,11 +121,13 @@ class Progress:
 
     def add(self, place: int, outcome: dict) -> None:
         self._write_line([place, outcome])
+        if os.getppid() != self.desk.parent and self.processes > 1:
+            raise InputError("torchrun, or the process it started, is gone")
 
     def read(self) -> None:
         """Where each outcome stands, in the files of all processes; a success goes before a failure, then the later line."""
-        siblings = re.compile(re.escape(self.base.name) + r"(\.\d+)?")
-        paths = sorted(path for path in self.base.parent.iterdir() if siblings.fullmatch(path.name))
+        siblings = re.compile(re.escape(beside(self.result).name) + r"(\.\d+)?")
+        paths = sorted(path for path in self.result.parent.iterdir() if siblings.fullmatch(path.name))
         self.files = [path.open("rb") for path in paths]
         self.file, self.offset = np.full(self.count, -1, np.int32), np.zeros(self.count, np.int64)
         self.failed, self.ended = np.zeros(self.count, bool), {}
@@ -110,33 +153,13 @@ class Progress:
             self.files[number].seek(offset)
             yield json.loads(self.files[number].readline())[1]
 
-    @contextmanager
-    def others_go_on(self) -> Iterator[None]:
-        """torchrun ends every process when one does not end well: so a failed one waits, and the others take their time.
-
-        Raises InputError, when no other is at work any more, for whatever fails within.
-        """
-        if self.processes == 1:
-            yield
-            return
-        said = f"process {self.process} goes on for the 30 s that torchrun gives it; then {AGAIN}\n".encode()
-        signal.signal(signal.SIGTERM, lambda *_: os.write(2, said) and None)
-        try:
-            yield
-        except Exception:
-            traceback.print_exc()
-            print(f"process {self.process} failed: what it has done is kept, the others go on", file=sys.stderr, flush=True)
-            self.finish(wait=True)
-            raise InputError(self.lacking()) from None
-
-    def finish(self, wait: bool = False) -> bool:
-        """This process is done. Whether all have begun, and none is at work any more (`wait` until that is so): then the
-        result is this one's to write."""
-        self._write_line(self.mark | {"ended": not wait})
+    def finish(self) -> bool:
+        """This process is done. Whether all have begun and none is at work any more: then it is to write the result."""
+        self._write_line(self.mark | {"ended": True})
         if fcntl:
-            fcntl.flock(self.lock, fcntl.LOCK_UN)
+            fcntl.flock(self.desk.lock, fcntl.LOCK_UN)
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(self.desk.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
         self.read()
@@ -153,7 +176,7 @@ class Progress:
         for file in self.files:
             file.close()
             Path(file.name).unlink()
-        self._sibling("lock").unlink()
+        beside(self.result, ".lock").unlink()
 
 
 def _whole_lines(path: Path) -> int:

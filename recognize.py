@@ -19,6 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -35,14 +36,14 @@ from ctc import greedy_path
 from dataset import SpeechCollator
 from manifest import Record
 from model import SpeechLLM, build_model
-from progress import Progress, processes
+from progress import Progress, at_work, processes
 from prompt import Prompt, load_tokenizer
 from results import Outcome, Summary, write
 from results import check as check_results
 from score import report as score_report
 from score import score
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings, weights_file
-from sources import find, has_transcriptions, shares
+from sources import find, shares, transcriptions
 from transcript import Hypothesis, joined
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -336,14 +337,24 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
         raise InputError("several processes need a --result_path")
     if not model_args.start():
         use_shipped(model_args)
-    transcriber = Transcriber.from_arguments(model_args, args)
-    references = {r.key: r.txt for r in records if r.txt is not None} if any(map(has_transcriptions, names)) else {}
+    references = transcriptions(names, records)
     if not paths:
-        return onto_the_screen(transcriber, records, references, args)
+        return onto_the_screen(Transcriber.from_arguments(model_args, args), records, references, args)
+    with one_line_os_errors(paths[0]):
+        desk = at_work(paths[0])
+    transcriber = Transcriber.from_arguments(model_args, args)
+    with one_line_os_errors(paths[0]):
+        progress = Progress(paths[0], desk, identity(records, model_args, args), len(records))
+        return into_files(transcriber, records, references, paths, progress, args)
+
+
+@contextmanager
+def one_line_os_errors(result: Path) -> Iterator[None]:
+    """Bad files are reported one by one: what is left is the result's own folder."""
     try:
-        return into_files(transcriber, records, references, paths, model_args, args)
-    except OSError as error:  # bad clips were reported one by one: what is left is the result's own folder
-        raise InputError(f"{error.filename or paths[0]}: cannot write the result ({error.strerror})") from None
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
 
 
 def onto_the_screen(
@@ -372,13 +383,11 @@ def into_files(
     records: Sequence[Record],
     references: dict[str, str],
     paths: Sequence[Path],
-    model_args: ModelArguments,
+    progress: Progress,
     args: DecodeArguments,
 ) -> int:
     """Decode this process's share of what earlier runs have left; the last process writes `paths`, in the records' order."""
     began = time.monotonic()
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    progress = Progress(paths[0], identity(records, model_args, args), len(records))
     share = shares(records, progress.processes)[progress.process]
     todo = [int(place) for place in share if not progress.before[place]]
     if progress.before.any() and not progress.process:
@@ -391,7 +400,7 @@ def into_files(
             places[record.key] = place
             yield record
 
-    with tqdm(total=len(todo), unit="file", disable=True if progress.process else None) as bar, progress.others_go_on():
+    with tqdm(total=len(todo), unit="file", disable=True if progress.process else None) as bar:
         for outcome in recognize(transcriber, reading(), args.batch_size, args.batch_seconds):
             progress.add(places.pop(outcome.key), outcome.as_dict())
             bar.update()

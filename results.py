@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
+from urllib.parse import unquote
 
 from manifest import Record
 from settings import InputError
@@ -152,8 +153,9 @@ def check(paths: Sequence[Path], records: Sequence[Record]) -> None:
 
 
 def file_of(path: Path, key: str) -> Path:
-    """Its key in the place of {key}, without an audio file's ending; never outside the folder of `path`."""
-    within = Path(*(part for part in Path(key).parts if part not in ("..", Path(key).anchor)))
+    """Its key, a file's name again, in the place of {key}, without an audio file's ending; never outside `path`'s folder."""
+    key = Path(unquote(key, errors="surrogateescape").replace("\0", ""))
+    within = Path(*(part for part in key.parts if part not in ("..", key.anchor)))
     within = within.with_suffix("") if within.suffix.lower() in SUFFIXES else within
     return path.parent / path.name.replace("{key}", str(within))
 

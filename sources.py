@@ -140,8 +140,11 @@ def shares(records: Sequence[Record], processes: int) -> list[np.ndarray]:
     return [np.flatnonzero(owner == process) for process in range(processes)]
 
 
-def say_unpaired(names: Sequence[str], records: Sequence[Record]) -> None:
-    """Tell how many of a corpus's recordings lack a transcription: they are not scored."""
-    lacking = sum(record.txt is None for record in records)
-    if lacking:
-        print(f"{lacking} of {len(records)} have no transcription and are not scored", file=sys.stderr)
+def transcriptions(names: Sequence[str], records: Sequence[Record]) -> dict[str, str]:
+    """key → text, if a folder with transcriptions was named; says how many lack one."""
+    if not any(map(has_transcriptions, names)):
+        return {}
+    known = {record.key: record.txt for record in records if record.txt is not None}
+    if len(known) < len(records):
+        print(f"{len(records) - len(known)} of {len(records)} have no transcription and are not scored", file=sys.stderr)
+    return known

@@ -1,5 +1,6 @@
-"""Trainings in processes of their own, forked from one that has imported everything: a second each instead of ten."""
+"""Scripts in processes of their own, forked from one that has imported everything: a second each instead of ten."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _train(argv: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None) -> None:
+def _run(argv: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None, script: str) -> None:
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -31,15 +32,20 @@ def _train(argv: list[str], environment: dict[str, str], log: Path, before: Call
     torch.set_num_threads(1)
     if before:
         before()
-    import train
-
-    train.main(argv)
+    sys.exit(importlib.import_module(script).main(argv))
 
 
 class Job:
-    """The processes of one training, as torchrun would start them; `before` runs in each, and may break something."""
+    """The processes of one training (or `script`), as torchrun would start them; `before` runs in each, and may break it."""
 
-    def __init__(self, argv: Sequence, logs: Path, ranks: int = 1, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        argv: Sequence,
+        logs: Path,
+        ranks: int = 1,
+        before: Callable[[], None] | None = None,
+        script: str = "train",
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank{rank}.log" for rank in range(ranks)]
         for log in self.logs:
@@ -51,7 +57,7 @@ class Job:
         self.processes = []
         for rank, log in enumerate(self.logs):
             environment = together | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in together else {})
-            process = server.Process(target=_train, args=([str(word) for word in argv], environment, log, before))
+            process = server.Process(target=_run, args=([str(word) for word in argv], environment, log, before, script))
             process.start()
             self.processes.append(process)
 
