@@ -1,7 +1,7 @@
 """What a decoding has done so far, in files beside its result, so that nothing is lost however it ends.
 
     RESULT.partial, RESULT.partial.1, …   of each process: the run's identity, then a line for each outcome as it comes
-    RESULT.partial.lock                   held by every process at work; whoever finds itself alone puts the result together
+    RESULT.partial.lock                   of several: held by each at work; who finds itself alone puts the result together
 
 Processes never wait for each other on the way, and a lock ends with its process, so none can hang for one that died.
 """
@@ -11,13 +11,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from manifest import Record
 from settings import InputError
 
 try:
@@ -41,14 +43,22 @@ def this_run() -> str:
     return " ".join([*(os.environ.get(name, "") for name in names), str(os.getppid()) if one_machine else ""])
 
 
+def identity(records: Sequence[Record], weights: Path, options: dict) -> dict:
+    """What an outcome depends on: only such a run may be continued."""
+    listed = sha256()
+    for record in records:
+        listed.update(repr(record._replace(txt=None, where="")).encode("utf-8", "backslashreplace"))
+    return {"weights": sha256(weights.read_bytes()).hexdigest(), "records": listed.hexdigest(), "options": options}
+
+
 def beside(result: Path, suffix: str = "") -> Path:
     return result.with_name(f"{result.name}.partial{suffix}")
 
 
 class Desk(NamedTuple):
-    """A process's place at work: the lock it holds, which run it belongs to, and the process that started it."""
+    """A process's place at work: the lock it holds beside others, which run it belongs to, and who started it."""
 
-    lock: TextIO
+    lock: TextIO | None
     run: str
     parent: int
 
@@ -60,19 +70,19 @@ def at_work(result: Path) -> Desk:
     any more: the others finish their shares.
     """
     result.parent.mkdir(parents=True, exist_ok=True)
-    lock, run, (process, count) = beside(result, ".lock").open("a"), this_run(), processes()
-    if fcntl:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    run, (process, count) = this_run(), processes()
     if count == 1:
-        return Desk(lock, run, os.getppid())
+        return Desk(None, run, os.getppid())
+    lock = beside(result, ".lock").open("a")
+    fcntl.flock(lock, fcntl.LOCK_SH)
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        said = f"process {process} goes on for the 30 s that torchrun gives it; then {AGAIN}\n".encode()
-        signal.signal(signal.SIGTERM, lambda *_: os.write(2, said) and None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return Desk(lock, run, os.getppid())
-    for stop in (signal.SIGTERM, signal.SIGINT):  # which the child gets too
-        signal.signal(stop, signal.SIG_IGN)
+    said = f"process {process} goes on for the 30 s that torchrun gives it; then {AGAIN}\n".encode()
+    signal.signal(signal.SIGTERM, lambda *_: os.write(2, said) and None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets it too
     lock.close()  # the child holds it on, and it ends with the child
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0:
@@ -156,7 +166,7 @@ class Progress:
     def finish(self) -> bool:
         """This process is done. Whether all have begun and none is at work any more: then it is to write the result."""
         self._write_line(self.mark | {"ended": True})
-        if fcntl:
+        if self.desk.lock:
             fcntl.flock(self.desk.lock, fcntl.LOCK_UN)
             try:
                 fcntl.flock(self.desk.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,7 +186,7 @@ class Progress:
         for file in self.files:
             file.close()
             Path(file.name).unlink()
-        beside(self.result, ".lock").unlink()
+        beside(self.result, ".lock").unlink(missing_ok=True)
 
 
 def _whole_lines(path: Path) -> int:

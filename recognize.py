@@ -21,9 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +35,10 @@ from ctc import greedy_path
 from dataset import SpeechCollator
 from manifest import Record
 from model import SpeechLLM, build_model
-from progress import Progress, at_work, processes
+from progress import Progress, at_work, identity, processes
 from prompt import Prompt, load_tokenizer
 from results import Outcome, Summary, write
 from results import check as check_results
-from score import report as score_report
-from score import score
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings, weights_file
 from sources import find, shares, transcriptions
 from transcript import Hypothesis, joined
@@ -49,7 +46,6 @@ from transcript import Hypothesis, joined
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
 SPARE_TOKENS = 8
-MOST_SECONDS = N_SAMPLES / SAMPLE_RATE
 PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
 WINDOW_BATCHES = 4  # so many times --batch_seconds are read ahead and sorted by length
 NO_MATTER = ("data_path", "result_path", "batch_size", "batch_seconds", "device")  # to an outcome
@@ -223,20 +219,26 @@ class Part(NamedTuple):
     seconds: float = 0.0
 
 
+def pieces_of(record: Record) -> Pieces:
+    return Pieces(record.wav)
+
+
 def read_parts(transcriber: Transcriber, records: Iterable[Record]) -> Iterator[Part]:
     """The usable pieces of each record, then its end; whatever is wrong with a file is its `problem`."""
     for record in records:
-        pieces, problem, usable = Pieces(record.wav), "", False
+        pieces, problem, usable = pieces_of(record), "", []
         try:
             for piece in pieces:
-                if transcriber.usable(piece.audio):
-                    usable = True
+                usable.append(transcriber.usable(piece.audio))
+                if usable[-1]:
                     yield Part(record, piece)
         except InputError as error:
             problem = str(error).removeprefix(f"{record.wav}: ")
         problem = problem or pieces.problem
-        if not usable and pieces.seconds <= MOST_SECONDS:  # a longer one may be nothing but silence
-            problem = problem or ("shorter than one projector window" if pieces.seconds else "has no samples")
+        if not problem and not pieces.seconds:
+            problem = "has no samples"
+        if not problem and usable and not any(usable):  # no piece at all: nothing but silence
+            problem = "shorter than one projector window"
         yield Part(record, None, problem, pieces.seconds)
 
 
@@ -339,13 +341,14 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
         use_shipped(model_args)
     references = transcriptions(names, records)
     if not paths:
-        return onto_the_screen(Transcriber.from_arguments(model_args, args), records, references, args)
+        return onto_the_screen(Transcriber.from_arguments(model_args, args), records, Summary(references))
     with one_line_os_errors(paths[0]):
         desk = at_work(paths[0])
     transcriber = Transcriber.from_arguments(model_args, args)
     with one_line_os_errors(paths[0]):
-        progress = Progress(paths[0], desk, identity(records, model_args, args), len(records))
-        return into_files(transcriber, records, references, paths, progress, args)
+        options = {name: value for name, value in asdict(args).items() if name not in NO_MATTER}
+        progress = Progress(paths[0], desk, identity(records, weights_file(model_args.start()), options), len(records))
+        return into_files(transcriber, records, progress, Summary(references), paths)
 
 
 @contextmanager
@@ -357,37 +360,26 @@ def one_line_os_errors(result: Path) -> Iterator[None]:
         raise InputError(f"{error.filename or result}: cannot write the result ({error.strerror})") from None
 
 
-def onto_the_screen(
-    transcriber: Transcriber, records: Sequence[Record], references: dict[str, str], args: DecodeArguments
-) -> int:
+def onto_the_screen(transcriber: Transcriber, records: Sequence[Record], summary: Summary) -> int:
     """Print `key text` for each, in order."""
-    began, summary, texts = time.monotonic(), Summary(), {}
-    waiting: dict[str, Outcome] = {}
+    began, args = time.monotonic(), transcriber.args
     outcomes = recognize(transcriber, records, args.batch_size, args.batch_seconds, window_batches=1)
+    waiting: dict[str, Outcome] = {}
     for record in records:
         while record.key not in waiting:
             outcome = next(outcomes)
             waiting[outcome.key] = outcome
         outcome = waiting.pop(record.key)
         print(f"{outcome.key} {outcome.text}", flush=True)
-        report(summary, outcome.as_dict())
-        if references:
-            texts[outcome.key] = outcome.text
-    print_scores(references, texts, sys.stderr)
-    print(summary.line(summary.audio, time.monotonic() - began), file=sys.stderr)
-    return 1 if summary.reasons else 0
+        summary.add(outcome.as_dict())
+    return summary.tell(summary.audio, time.monotonic() - began, sys.stderr)
 
 
 def into_files(
-    transcriber: Transcriber,
-    records: Sequence[Record],
-    references: dict[str, str],
-    paths: Sequence[Path],
-    progress: Progress,
-    args: DecodeArguments,
+    transcriber: Transcriber, records: Sequence[Record], progress: Progress, summary: Summary, paths: Sequence[Path]
 ) -> int:
     """Decode this process's share of what earlier runs have left; the last process writes `paths`, in the records' order."""
-    began = time.monotonic()
+    began, args = time.monotonic(), transcriber.args
     share = shares(records, progress.processes)[progress.process]
     todo = [int(place) for place in share if not progress.before[place]]
     if progress.before.any() and not progress.process:
@@ -412,40 +404,12 @@ def into_files(
         raise InputError(progress.lacking())
     for path in paths:
         write(path, progress)
-    summary, texts, audio = Summary(), {}, 0.0
+    audio = 0.0  # of this run
     for outcome, before in zip(progress, progress.before, strict=True):
-        report(summary, outcome)
+        summary.add(outcome)
         audio += 0 if before else outcome["duration"]
-        if references:
-            texts[outcome["key"]] = outcome["text"]
     progress.remove()
-    print_scores(references, texts, sys.stdout)
-    print(f"{' '.join(map(str, paths))}: {summary.line(audio, time.monotonic() - began)}")
-    return 1 if summary.reasons else 0
-
-
-def identity(records: Sequence[Record], model_args: ModelArguments, args: DecodeArguments) -> dict:
-    """What an outcome depends on: only such a run may be continued."""
-    listed = sha256()
-    for record in records:
-        listed.update(repr(record._replace(txt=None, where="")).encode("utf-8", "backslashreplace"))
-    weights = sha256(weights_file(model_args.start()).read_bytes()).hexdigest()
-    options = {name: value for name, value in asdict(args).items() if name not in NO_MATTER}
-    return {"weights": weights, "records": listed.hexdigest(), "options": options}
-
-
-def report(summary: Summary, outcome: dict) -> None:
-    summary.add(outcome)
-    if outcome["error"]:
-        file = "" if outcome["wav"] == outcome["key"] else f"{outcome['wav']}: "
-        print(f"{outcome['key']}: {file}{outcome['error']}", file=sys.stderr)
-
-
-def print_scores(references: dict[str, str], texts: dict[str, str], stream: TextIO) -> None:
-    """WER and CER of what has a transcription."""
-    if references:
-        scored = score(references, {key: text for key, text in texts.items() if key in references})
-        print(score_report(scored, "basic"), file=stream)
+    return summary.tell(audio, time.monotonic() - began, sys.stdout, paths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

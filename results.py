@@ -12,15 +12,18 @@ import html
 import math
 import os
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import unquote
 
 from manifest import Record
+from score import report, score
 from settings import InputError
 from sources import SUFFIXES
 from transcript import Transcript
@@ -178,19 +181,33 @@ def _write_aside(path: Path, lines: Iterable[str]) -> None:
 
 
 class Summary:
-    """Counts for the last line."""
+    """Counts for the last line; tells failures as they are added; scores what has a reference."""
 
-    def __init__(self) -> None:
-        self.files, self.audio, self.reasons = 0, 0.0, Counter()
+    def __init__(self, references: dict[str, str]) -> None:
+        self.references, self.texts, self.unguarded = references, {}, {}
+        self.files, self.audio, self.failed = 0, 0.0, Counter()
 
     def add(self, outcome: dict) -> None:
+        key, error = outcome["key"], outcome["error"]
         self.files += 1
         self.audio += outcome["duration"]
-        if outcome["error"]:
-            self.reasons[re.sub(r"\d+(\.\d+)?", "…", outcome["error"])] += 1
+        if error:
+            print(f"{key}: {error}" if outcome["wav"] == key else f"{key}: {outcome['wav']}: {error}", file=sys.stderr)
+            self.failed[re.sub(r"\d+(\.\d+)?", "…", error)] += 1
+        if key in self.references:
+            self.texts[key] = outcome["text"]
+            self.unguarded[key] = outcome.get("unguarded", outcome["text"])
 
-    def line(self, audio: float, seconds: float) -> str:
-        """`audio` seconds of it were decoded in `seconds`."""
-        failed = ", ".join(f"{count} × {reason}" for reason, count in self.reasons.most_common())
-        failed = f"{self.reasons.total()} failed" + (f" ({failed})" if failed else "")
-        return f"{self.files} files, {self.audio / 3600:.2f} h, RTFx {audio / max(seconds, 1e-9):.1f}, {failed}"
+    def tell(self, audio: float, seconds: float, stream: TextIO, paths: Sequence[Path] = ()) -> int:
+        """`audio` seconds of it were decoded in `seconds`. Returns the exit code."""
+        if self.references:
+            print(report(score(self.references, self.texts), "basic"), file=stream)
+        if self.texts != self.unguarded:
+            rate = score(self.references, self.unguarded).words.rate
+            print(f"WER without the guard: {'n/a' if rate is None else f'{100 * rate:.2f} %'}", file=stream)
+        failed = ", ".join(f"{count} × {reason}" for reason, count in self.failed.most_common())
+        failed = f"{self.failed.total()} failed" + (f" ({failed})" if failed else "")
+        what = f"{' '.join(map(str, paths))}: " if paths else ""
+        speed = f"RTFx {audio / max(seconds, 1e-9):.3g}"
+        print(f"{what}{self.files} files, {self.audio / 3600:.2f} h, {speed}, {failed}", file=stream)
+        return 1 if self.failed else 0

@@ -11,7 +11,8 @@ from conftest import RATE, audio, build_system, run_script, write_clip, write_ma
 from test_dataset import bad_audio
 
 import recognize
-from recognize import DecodeArguments, Hypothesis, Transcriber, cut_at_pauses
+from manifest import Record
+from recognize import DecodeArguments, Hypothesis, Piece, Transcriber, cut_at_pauses
 from settings import InputError, ModelArguments
 
 
@@ -165,6 +166,65 @@ def test_a_long_file_is_decoded_in_pieces_and_joined(trained, tmp_path):
     pieces = cut_at_pauses(soundfile.read(tmp_path / "long.wav", dtype="float32")[0])
     assert len(pieces) >= 3
     assert lines(tmp_path / "r.txt") == ["long " + " ".join(filter(None, transcriber.transcribe(pieces)))]
+
+
+def says_lengths(batches):
+    """A transcriber whose texts are lengths in samples; it notes its batches."""
+
+    def hypotheses(clips):
+        batches.append([len(clip) for clip in clips])
+        return [Hypothesis(str(len(clip))) for clip in clips]
+
+    return SimpleNamespace(hypotheses=hypotheses, usable=lambda audio: len(audio) > 0)
+
+
+def in_seconds(monkeypatch, lengths):
+    """Records of which each is pieces of so many seconds; and a list of those that were read."""
+    read = []
+
+    def pieces_of(record):
+        read.append(record.key)
+        ends = np.cumsum(lengths[int(record.key)])
+        starts = [0, *ends[:-1]]
+        sounds = [Piece(float(s), np.zeros(int((e - s) * RATE), np.float32)) for s, e in zip(starts, ends, strict=True)]
+
+        class Pieces(list):
+            problem, seconds = "", float(ends[-1])
+
+        return Pieces(sounds)
+
+    monkeypatch.setattr(recognize, "pieces_of", pieces_of)
+    return (Record(str(i), f"{i}.wav", None, None, "") for i in range(len(lengths))), read
+
+
+def test_like_lengths_stand_together_in_batches_of_bounded_duration(monkeypatch):
+    """At most so many clips, and so many seconds with their padding; a clip longer than that stands alone."""
+    records, _ = in_seconds(monkeypatch, [[1], [9], [2], [1], [9], [30], [2], [1]])
+    batches = []
+    list(recognize.recognize(says_lengths(batches), records, batch_size=3, batch_seconds=20, window_batches=9))
+    assert [[length // RATE for length in batch] for batch in batches] == [[30], [9, 9], [2, 2, 1], [1, 1]]
+
+
+def test_a_recording_longer_than_what_is_read_ahead_is_joined_in_order(monkeypatch):
+    """Its pieces are decoded longest first, in windows of 20 s; short ones beside it do not wait for its end."""
+    lengths = [[3], [1, 5, 2, 9, 8, 4, 7, 6], [2]]
+    records, _ = in_seconds(monkeypatch, lengths)
+    found = list(recognize.recognize(says_lengths([]), records, batch_size=2, batch_seconds=10, window_batches=2))
+    assert [outcome.key for outcome in found] == ["0", "1", "2"]
+    whole = found[1].transcript
+    assert whole.text == " ".join(str(length * RATE) for length in lengths[1])
+    assert [segment.start for segment in whole.segments] == [0, 1, 6, 8, 17, 25, 29, 36]
+    assert whole.duration == 42
+
+
+def test_no_more_is_read_than_two_windows(monkeypatch):
+    """However many records there are: one window is decoded, the next is read meanwhile. They were all held in memory."""
+    records, read = in_seconds(monkeypatch, [[5]] * 1000)
+    found = recognize.recognize(says_lengths([]), records, batch_size=4, batch_seconds=20, window_batches=2)
+    for done in range(1, 101):
+        next(found)
+        assert len(read) <= done + 2 * 9
+    found.close()
 
 
 def test_a_hypothesis_is_one_line(trained):
