@@ -24,6 +24,8 @@ from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES, SAMPLE_RATE
 from settings import InputError
 
 BLOCK = 4096  # frames read at a time from a corrupt file
+MOST_CHANNELS = 8  # of an array: more are rather several clips
+LOUDEST = 10  # 20 dB above full scale: no recording, a mistake of scale
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
 OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
 
@@ -99,6 +101,44 @@ def _ffmpeg(path: Path, why: str) -> tuple[np.ndarray, str]:
     return np.frombuffer(done.stdout, np.float32).copy(), f"corrupt ({complaint[0]})" if complaint else ""
 
 
+def samples_of(array: Any, sampling_rate: float | None) -> np.ndarray:
+    """An array or tensor of samples, mono or with channels, as float32 mono at 16 kHz (samples,).
+
+    Floats lie between −1 and 1; int8, int16 and int32 are scaled by their range, uint8 is around 128. Of two dimensions
+    the one with at most MOST_CHANNELS is the channels'. Raises InputError for what could mean several things.
+    """
+    if sampling_rate is None or not sampling_rate > 0:
+        raise InputError(f"an array needs sampling_rate=… in samples a second, not {sampling_rate}")
+    if isinstance(array, Tensor):
+        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
+    kind = array.dtype.name
+    if array.dtype.kind != "f" and kind not in ("int8", "uint8", "int16", "int32"):
+        raise InputError(f"samples of {kind}: what is full scale? Give floats between -1 and 1, int16 or int32")
+    if array.ndim != 1 and not (array.ndim == 2 and min(array.shape) <= MOST_CHANNELS < max(array.shape)):
+        raise InputError(
+            f"an array of shape {array.shape} is neither (samples,) nor one clip with at most {MOST_CHANNELS} channels, "
+            "(channels, samples) or (samples, channels): give several clips as a list"
+        )
+    samples = array.astype(np.float32)
+    if array.dtype.kind != "f":
+        samples = (
+            samples / 2**31
+            if kind == "int32"
+            else samples / 2**15
+            if kind == "int16"
+            else samples / 2**7 - (kind == "uint8")
+        )
+    if array.ndim == 2:
+        samples = samples.mean(int(np.argmin(array.shape)))
+    if not np.isfinite(samples).all():
+        raise InputError("has NaN or infinite samples")
+    if len(samples) and np.abs(samples).max() > LOUDEST:
+        raise InputError(
+            f"floats up to {np.abs(samples).max():.0f}: samples lie between -1 and 1 (divide those of int16 by 32768)"
+        )
+    return soxr.resample(samples, sampling_rate, SAMPLE_RATE) if sampling_rate != SAMPLE_RATE else samples
+
+
 def count_samples(path: Path) -> int:
     """Samples at 16 kHz by the file's header alone where it says; raises InputError for a file that is not whole."""
     try:
@@ -129,6 +169,11 @@ def speech_lengths(samples: Any, stride: int) -> SpeechLengths:
     mel = samples // HOP_LENGTH
     encoder = (mel + 1) // 2
     return SpeechLengths(mel, encoder, encoder // stride)
+
+
+def vector_seconds(stride: int) -> float:
+    """From one projector vector to the next, by the rule above."""
+    return 2 * stride * HOP_LENGTH / SAMPLE_RATE
 
 
 def speech_vectors(samples: Any, settings: dict) -> Any:

@@ -3,6 +3,7 @@
     projector vectors (B, N, D) ─ CTCHead ─ log-probabilities (B, N, V + 1) ┬─ ctc_loss
                                                                            ├─ soft_tokens (B, S, D): what the LLM reads
                                                                            ├─ greedy_path: a transcript without any LLM
+                                                                           ├─ forced_alignment: when each token was said
                                                                            └─ CTCPrefixScore: the CTC votes in a beam search
 
 V of the LLM's tokens and one blank, which is the last class. CTC posteriors as weights on an LLM's embeddings: LegoSLM
@@ -12,6 +13,7 @@ V of the LLM's tokens and one blank, which is the last class. CTC posteriors as 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rapidfuzz.distance import Levenshtein
@@ -85,6 +87,52 @@ def ctc_loss(log_probs: Tensor, length: Tensor, labels: Tensor, ignore_index: in
         reduction="sum",
         zero_infinity=True,
     )
+
+
+def log_likelihood(log_probs: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
+    """log P(text | speech), of all paths, for each of some texts as classes; NEVER for one that the frames are too few for.
+
+    log_probs (N, V + 1): of the clip's own frames.
+    """
+    blank, texts_count = log_probs.shape[1] - 1, len(texts)
+    size = torch.tensor([len(text) for text in texts])
+    targets = torch.tensor([c for text in texts for c in text], dtype=torch.long)
+    many = log_probs[:, None].expand(-1, texts_count, -1)  # (N, texts, V + 1)
+    length = torch.full_like(size, len(log_probs))
+    loss = F.ctc_loss(many, targets, length, size, blank, reduction="none")  # (texts,)
+    return (-loss).clamp(min=NEVER).tolist()
+
+
+def forced_alignment(log_probs: np.ndarray, classes: Sequence[int]) -> list[tuple[int, int]] | None:
+    """(first, last) frame of each of `classes` on the likeliest path that says them (Viterbi); None: the frames are too few.
+
+    log_probs (N, V + 1): of the clip's own frames.
+    """
+    N, blank = len(log_probs), log_probs.shape[1] - 1
+    if not classes or not N:
+        return None if classes else []
+    states = np.full(2 * len(classes) + 1, blank)  # (S,): blank, class, blank, class, …, blank
+    states[1::2] = classes
+    emission = log_probs[:, states]  # (N, S)
+    jump = np.zeros(len(states), bool)  # over the blank between two different classes
+    jump[3::2] = states[3::2] != states[1:-2:2]
+    score = np.where(np.arange(len(states)) < 2, emission[0], -np.inf)  # (S,)
+    came_from = np.zeros((N, len(states)), np.int8)  # so many states before
+    for t in range(1, N):
+        options = np.full((3, len(states)), -np.inf)
+        options[0], options[1, 1:], options[2, 2:] = score, score[:-1], np.where(jump[2:], score[:-2], -np.inf)
+        came_from[t] = options.argmax(0)
+        score = options.max(0) + emission[t]
+    state = len(states) - 2 + int(score[-1] > score[-2])
+    if np.isneginf(score[state]):
+        return None
+    frames = np.zeros(N, int)
+    for t in reversed(range(N)):
+        frames[t] = state
+        state -= int(came_from[t, state])
+    first = np.searchsorted(frames, range(1, len(states), 2))  # states only ever grow along a path
+    last = np.searchsorted(frames, range(1, len(states), 2), side="right") - 1
+    return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
 def _best_path(log_probs: Tensor, length: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -132,6 +133,50 @@ class ForceEndOfTurn(LogitsProcessor):
         end = torch.full_like(scores, -torch.inf)
         end[:, self.end_of_turn] = 0
         return torch.where(over[:, None], end, scores)
+
+
+class LogLikelihood(LogitsProcessor):
+    """Keeps log P_LLM of all that a search writes, and changes nothing. It must stand before every other processor:
+    transformers' own scores are what those have made of it (and hold the whole vocabulary of every step)."""
+
+    def __init__(self, clips: int, ends: list[int]) -> None:
+        """`ends`: the tokens that end a transcript."""
+        self.clips, self.ends = clips, ends
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []  # what each beam had written, log P of it, that of each end
+        self.last = (torch.empty(0), torch.empty(0))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids (R, t): the tokens so far; scores (R, vocabulary), R = clips · beams."""
+        total = scores.new_zeros(len(scores))  # (R,)
+        if self.steps:
+            clip = torch.arange(len(scores), device=scores.device) // (len(scores) // self.clips)
+            written, before, _ = self.steps[-1]
+            same = (written == input_ids[:, None, :-1]).all(-1) & (clip == clip[:, None])  # (R, R)
+            parent, token = same.long().argmax(1), input_ids[:, -1]  # (R,): beams change places
+            scored, norm = self.last
+            total = before[parent] + scored[parent, token] - norm[parent]
+        self.last = (scores, scores.logsumexp(-1))
+        self.steps.append((input_ids, total, scores[:, self.ends] - self.last[1][:, None]))
+        return scores
+
+    def of(self, clip: int, ids: Sequence[int], end: int | None) -> float:
+        """Of tokens that the search has written for a clip, with the end of turn behind them if that is given."""
+        written, total, ends = (part.view(self.clips, -1, *part.shape[1:])[clip] for part in self.steps[len(ids)])
+        row = (written == torch.tensor(ids, device=written.device)).all(-1).nonzero()[0, 0]
+        return (total[row] + (0 if end is None else ends[row, self.ends.index(end)])).item()
+
+
+class Sample(LogitsProcessor):
+    """The best of these scores is a sample at `temperature`: Gumbel noise is added (Maddison et al. 2014), by a seed for
+    each clip, so that a clip's text does not depend on its company in a batch."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature, self.seeds = temperature, seeds
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rngs = (np.random.default_rng((seed, input_ids.shape[1])) for seed in self.seeds)
+        noise = np.stack([rng.gumbel(size=scores.shape[1]) for rng in rngs])  # (R, vocabulary)
+        return scores / self.temperature + torch.from_numpy(noise).to(scores)
 
 
 class SpeechLLM(nn.Module):
@@ -317,19 +362,23 @@ class SpeechLLM(nn.Module):
         max_new_tokens: Tensor,
         joint_weight: float = 0.0,
         spelling: Tensor | None = None,
+        heard: tuple[Tensor, Tensor] | None = None,
+        before: Sequence[LogitsProcessor] = (),
+        after: Sequence[LogitsProcessor] = (),
         **options: Any,
     ) -> Tensor:
         """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,).
 
         With `joint_weight` the CTC votes with that weight; spelling (vocabulary, P) is each token in the CTC's classes.
+        `before` and `after` its vote the scores go through these processors. heard: what `hear` gave, if it was asked.
         """
-        processors = [ForceEndOfTurn(max_new_tokens, self.llm.generation_config.pad_token_id)]
+        processors = [*before, *after, ForceEndOfTurn(max_new_tokens, self.llm.generation_config.pad_token_id)]
         if self.ctc:
-            log_probs, frames = self.hear(mel, mel_length)
+            log_probs, frames = heard or self.hear(mel, mel_length)
             speech, length = self.ctc.soft_tokens(log_probs, frames)
             if joint_weight:
                 ends = self.llm.generation_config.eos_token_id
-                processors.insert(0, CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight))
+                processors.insert(len(before), CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight))
         else:
             speech, length = self.embed_speech(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")

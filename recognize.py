@@ -12,6 +12,7 @@ A file that cannot be decoded gets an empty line, is reported on stderr and in t
 An interrupted run continues when started again: finished files wait in `RESULT_PATH.partial`.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -20,28 +21,35 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 from transformers.utils import logging as transformers_logging
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
-from audio import load_audio, log_mel, speech_vectors
-from ctc import greedy_path
+from audio import load_audio, log_mel, samples_of, speech_vectors, vector_seconds
+from ctc import greedy_path, log_likelihood
 from dataset import SpeechCollator
+from guard import guarded
 from manifest import Record
-from model import SpeechLLM, build_model
+from model import LogLikelihood, Sample, SpeechLLM, build_model
 from progress import Progress, at_work, identity, processes
 from prompt import Prompt, load_tokenizer
 from results import Outcome, Summary, write
 from results import check as check_results
 from settings import InputError, ModelArguments, first_line, one_line_errors, parse, resolve_settings, weights_file
 from sources import find, shares, transcriptions
-from transcript import Hypothesis, joined
+from transcript import Hypothesis, Transcript, joined, timed_words
 
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
@@ -66,29 +74,70 @@ class DecodeArguments:
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     batch_size: int = field(default=8, metadata={"help": "At most so many clips are decoded together …"})
     batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
+    nbest: int = field(default=1, metadata={"help": "So many texts a clip with their scores; at most --num_beams."})
+    length_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Beams are ranked by score / tokens ** this. By default 1 for llm; 0 for joint: the sum itself."},
+    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes tokens that were written less likely."})
+    no_repeat_ngram_size: int = field(default=0, metadata={"help": "No so many tokens twice in a text; 0: off."})
+    temperature: float = field(
+        default=0.0, metadata={"help": "Above 0: sample instead of searching, by a seed that the clip's samples give."}
+    )
+    guard: Literal["on", "off"] = field(default="on", metadata={"help": "Against loops, refusals and text on silence."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, mps, cpu; the first that is there."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the frozen weights; auto is bfloat16 on a GPU, float32 elsewhere."}
     )
 
+    def check(self) -> None:
+        """Raises InputError for values that cannot be."""
+        for name in ("num_beams", "nbest", "batch_size", "batch_seconds", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1")
+        if self.nbest > self.num_beams:
+            raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
+        if not self.repetition_penalty > 0:
+            raise InputError("--repetition_penalty must be above 0 (1: off)")
+        if self.no_repeat_ngram_size < 0:
+            raise InputError("--no_repeat_ngram_size must not be negative (0: off)")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError("--temperature must not be negative (0: off)")
+        if self.temperature and self.num_beams > 1:
+            raise InputError("--temperature samples one text: give --num_beams 1")
+
+
+class Reading(NamedTuple):
+    """A text that a search came to."""
+
+    text: str
+    ids: list[int]  # without the end of turn
+    ended: bool | None
+    score: float
+
 
 class Transcriber:
-    """A model ready to transcribe. One thread at a time."""
+    """A model ready to transcribe. Threads may share it: they take turns, a batch at a time."""
 
     def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
         self.device = next(model.parameters()).device
-        auto = "llm" if not model.ctc else "joint" if model.settings["llm_reads"] else "ctc"
-        self.decoder = auto if args.decoder == "auto" else args.decoder
-        if self.decoder != "llm" and not model.ctc:
-            raise InputError(f"--decoder {self.decoder} needs a checkpoint trained with --splice tokens")
-        self.search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
-        if self.decoder == "joint":  # both scores are sums over the whole text: no average over its length
-            spelling = prompt.spelling.table(len(prompt.tokenizer)).to(self.device)
-            self.search |= {"joint_weight": args.joint_weight, "spelling": spelling}
-            self.search |= {"length_penalty": 0.0} if args.num_beams > 1 else {}  # greedy search would warn of it
+        self.decoder = self._decoder(args)
+        self.turn = Lock()
+
+    def _decoder(self, args: DecodeArguments) -> str:
+        args.check()
+        auto = "llm" if not self.model.ctc else "joint" if self.model.settings["llm_reads"] else "ctc"
+        decoder = auto if args.decoder == "auto" else args.decoder
+        if decoder != "llm" and not self.model.ctc:
+            raise InputError(f"--decoder {decoder} needs a checkpoint trained with --splice tokens")
+        return decoder
+
+    @cached_property
+    def spelling(self) -> Tensor:
+        return self.prompt.spelling.table(len(self.prompt.tokenizer)).to(self.device)  # (vocabulary, P)
 
     @classmethod
     def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
@@ -105,9 +154,63 @@ class Transcriber:
         return cls(model.to(device), prompt, args)
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, **options: Any) -> "Transcriber":
-        """`Transcriber.from_checkpoint("exp", num_beams=1, device="cpu")`; options are DecodeArguments' fields."""
-        return cls.from_arguments(ModelArguments(checkpoint=str(folder)), DecodeArguments(**options))
+    def from_checkpoint(cls, folder: str | Path | None = None, **options: Any) -> "Transcriber":
+        """`Transcriber.from_checkpoint("exp", num_beams=1, device="cpu")`; options are DecodeArguments' fields. Without a
+        folder the checkpoint that comes along."""
+        model_args = ModelArguments(checkpoint=None if folder is None else str(folder))
+        if folder is None:
+            use_shipped(model_args)
+        return cls.from_arguments(model_args, DecodeArguments(**options))
+
+    def __call__(self, audio: Any, sampling_rate: float | None = None) -> Transcript | list[Transcript]:
+        """The transcript of a file (its path) or of an array or tensor of samples (see `samples_of`); of a list, a list.
+
+        Recordings of any length; arrays need their sampling_rate. In a list, one that cannot be decoded has an empty text
+        and says why in `error`; alone it raises that InputError.
+        """
+        several = isinstance(audio, list | tuple)
+        inputs = audio if several else [audio]
+        found: list[Transcript] = []
+        for first in range(0, len(inputs), self.args.batch_size):
+            found += self._transcripts(inputs[first : first + self.args.batch_size], sampling_rate)
+        if several:
+            return found
+        if found[0].error and not found[0].segments:
+            raise InputError(found[0].error)
+        return found[0]
+
+    def _transcripts(self, inputs: Sequence[Any], sampling_rate: float | None) -> list[Transcript]:
+        read = [self._read(one, sampling_rate) for one in inputs]
+        flat = [(i, *piece) for i, (pieces, _, _) in enumerate(read) for piece in pieces]
+        flat.sort(key=lambda piece: len(piece[2]))
+        pieces: list[list[tuple[float, float, Hypothesis]]] = [[] for _ in inputs]
+        errors = [problem for _, problem, _ in read]
+        for first in range(0, len(flat), self.args.batch_size):
+            batch = flat[first : first + self.args.batch_size]
+            for (i, start, clip), found in zip(batch, decode(self, [clip for _, _, clip in batch]), strict=True):
+                if isinstance(found, InputError):
+                    errors[i] = str(found)
+                else:
+                    pieces[i].append((start, len(clip) / SAMPLE_RATE, found))
+        rows = zip(pieces, read, errors, strict=True)
+        return [joined(sorted(found, key=itemgetter(0)), seconds, error) for found, (_, _, seconds), error in rows]
+
+    def _read(self, source: Any, sampling_rate: float | None) -> tuple[list[tuple[float, np.ndarray]], str, float]:
+        """(pieces that can be decoded, each with its start; what is wrong; seconds); never raises for bad audio."""
+        file = isinstance(source, str | Path)
+        if not file and not isinstance(source, np.ndarray | Tensor):
+            raise InputError(f"{type(source).__name__} is not audio: give a file's path, or an array or tensor of samples")
+        try:
+            audio, problem = load_audio(source) if file else (samples_of(source, sampling_rate), "")
+        except InputError as error:
+            return [], str(error), 0.0
+        start, pieces = 0, []
+        for piece in cut_at_pauses(audio):
+            pieces += [(start / SAMPLE_RATE, piece)] if self.usable(piece) else []
+            start += len(piece)
+        if not pieces:
+            problem = problem or ("shorter than one projector window" if len(audio) else "has no samples")
+        return pieces, f"{source}: {problem}" if problem and file else problem, len(audio) / SAMPLE_RATE
 
     def usable(self, audio: np.ndarray) -> bool:
         """At least one projector window long and at most 30 s."""
@@ -117,36 +220,93 @@ class Transcriber:
         """One text for each clip, float32 (samples,) at 16 kHz. Raises InputError unless every clip is `usable`."""
         return [hypothesis.text for hypothesis in self.hypotheses(clips)]
 
-    def hypotheses(self, clips: Sequence[np.ndarray]) -> list[Hypothesis]:
-        """As `transcribe`, with how each text ended."""
-        settings = self.model.settings
+    def hypotheses(self, clips: Sequence[np.ndarray], **search: Any) -> list[Hypothesis]:
+        """As `transcribe`, with all that is known of each text. `search`: DecodeArguments' fields for this call alone."""
+        args = replace(self.args, **search)
+        decoder = self._decoder(args)
         if not all(isinstance(clip, np.ndarray) and clip.ndim == 1 and clip.dtype.kind == "f" for clip in clips):
             raise InputError("clips must be a list of float arrays (samples,) at 16 kHz, as load_audio gives them")
         wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
         if wrong:
             raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: cut_at_pauses helps")
+        with self.turn, torch.no_grad():
+            return self._decode(clips, args, decoder)
+
+    def _decode(self, clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str) -> list[Hypothesis]:
+        settings, spelling = self.model.settings, self.prompt.spelling
         n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
         ids = torch.tensor(self.prompt.ids)
         batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        if self.decoder == "ctc":
-            with torch.no_grad():
-                paths = greedy_path(*self.model.hear(batch["mel"], batch["mel_length"]))
-            return [Hypothesis(self._text([self.prompt.spelling.tokens[c] for c in path]), None) for path in paths]
+        if not self.model.ctc:
+            return [_hypothesis(readings) for readings in self._write(batch, clips, args, decoder, None)]
+        heard = self.model.hear(batch["mel"], batch["mel_length"])
+        paths = [[spelling.tokens[c] for c in path] for path in greedy_path(*heard)]  # the CTC's own texts
+        if decoder == "ctc":
+            written = [[Reading(self._text(path), path, None, 0.0)] for path in paths]
+        else:
+            written = self._write(batch, clips, args, decoder, heard)
+        weight = {"ctc": 1.0, "llm": 0.0, "joint": args.joint_weight}[decoder]
+        hypotheses = []
+        for readings, clip, path, log_probs, length in zip(
+            written, clips, paths, *(part.cpu() for part in heard), strict=True
+        ):
+            frames = log_probs[:length]  # (N, V + 1)
+            if weight:
+                votes = log_likelihood(frames, [spelling(reading.ids) for reading in readings])
+                readings = [r._replace(score=r.score + weight * vote) for r, vote in zip(readings, votes, strict=True)]
+            seconds = vector_seconds(settings["projector_stride"])
+            words = timed_words(readings[0].ids, spelling, frames.numpy(), seconds, len(clip) / SAMPLE_RATE)
+            hypotheses.append(replace(_hypothesis(readings), words=words, ctc_text=self._text(path)))
+        return hypotheses
+
+    def _write(
+        self, batch: dict[str, Tensor], clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str, heard: Any
+    ) -> list[list[Reading]]:
+        """The LLM's readings of each clip, those that the search likes best first, with its log-probabilities."""
+        ends = self.model.llm.generation_config.eos_token_id
         seconds = torch.tensor([len(clip) / SAMPLE_RATE for clip in clips])
         allowed = (seconds * MAX_TOKENS_PER_SECOND).long() + SPARE_TOKENS  # (B,)
-        if self.args.max_new_tokens is not None:
-            allowed = torch.full_like(allowed, self.args.max_new_tokens)
-        new = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), **self.search)
-        ends = set(self.model.llm.generation_config.eos_token_id)
-        rows = zip(new.tolist(), allowed.tolist(), strict=True)
-        return [Hypothesis(self._text(row), not ends.isdisjoint(row[:limit])) for row, limit in rows]
+        if args.max_new_tokens is not None:
+            allowed = torch.full_like(allowed, args.max_new_tokens)
+        search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
+        search["num_return_sequences"] = several = args.num_beams if args.nbest > 1 else 1
+        if args.num_beams > 1:  # greedy search would warn of it; the joint score is a sum: no average over its length
+            default = 0.0 if decoder == "joint" else 1.0
+            search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
+        if decoder == "joint":
+            search |= {"joint_weight": args.joint_weight, "spelling": self.spelling}
+        # generate's own flags for these take a clip's padding on the left for text that it has written
+        likelihood = LogLikelihood(len(clips), ends)
+        before: list[LogitsProcessor] = [likelihood]
+        before += [RepetitionPenaltyLogitsProcessor(args.repetition_penalty)] if args.repetition_penalty != 1 else []
+        before += [NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)] if args.no_repeat_ngram_size else []
+        after = [Sample(args.temperature, [crc32(clip.tobytes()) for clip in clips])] if args.temperature else []
+        new = self.model.generate(
+            **batch, max_new_tokens=allowed.to(self.device), heard=heard, before=before, after=after, **search
+        )
+        readings: list[list[Reading]] = [[] for _ in clips]
+        for i, row in enumerate(new.tolist()):
+            clip = i // several
+            length = next((i for i, id in enumerate(row) if id in ends), len(row))
+            ended = length < allowed[clip].item()
+            score = likelihood.of(clip, row[:length], row[length] if ended else None)
+            reading = Reading(self._text(row), row[:length], ended, score)
+            if reading.text not in [other.text for other in readings[clip]]:  # the same in other tokens
+                readings[clip].append(reading)
+        return [row[: args.nbest] for row in readings]
 
     def _text(self, ids: list[int]) -> str:
         ends = self.model.llm.generation_config.eos_token_id
         length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
         text = self.prompt.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return " ".join(text.split())
+
+
+def _hypothesis(readings: Sequence[Reading]) -> Hypothesis:
+    best = readings[0]
+    nbest = [(reading.text, reading.score) for reading in readings]
+    return Hypothesis(best.text, best.ended, best.score, len(best.ids) + bool(best.ended), nbest)
 
 
 def cut_at_pauses(audio: np.ndarray, longest: int = N_SAMPLES) -> list[np.ndarray]:
@@ -181,7 +341,7 @@ def out_of_memory(error: BaseException) -> bool:
 def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[Hypothesis | InputError]:
     """Transcribe a batch; out of memory, its halves; a clip that does not fit alone yields an InputError in its place."""
     try:
-        return transcriber.hypotheses(clips)
+        return guarded(transcriber, clips) if transcriber.args.guard == "on" else transcriber.hypotheses(clips)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -329,9 +489,7 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
     names = [*files, *([args.data_path] if args.data_path else [])]
     if not names:
         raise InputError("give audio files, folders or a manifest (jsonl) to recognize, or --data_path")
-    for name in ("num_beams", "batch_size", "batch_seconds", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1")
+    args.check()
     records = find(names)
     paths = [Path(path) for path in args.result_path or (["result.txt"] if args.data_path else [])]
     check_results(paths, records)

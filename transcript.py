@@ -1,17 +1,32 @@
-"""What is known of a transcript, joined over the pieces of a recording."""
+"""What is known of a transcript: scores, other readings, when each word was said, joined over the pieces of a recording.
+
+Scores are natural logarithms of probabilities, summed over a text (`tokens` terms; score / tokens is the average):
+
+    llm    log P_LLM(tokens, end of turn | speech), of the LLM itself, whatever penalties and limits shaped the search
+    ctc    log P_CTC(tokens | speech), of all paths that say them
+    joint  the LLM's plus --joint_weight times the CTC's: what the search looks for
+
+A text that was cut off at its limit has no end of turn: it is scored without one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import nlargest
 from itertools import product
+
+import numpy as np
+
+from ctc import forced_alignment
+from prompt import Spelling
 
 
 @dataclass
 class Word:
     text: str
     start: float  # seconds
-    end: float
-    confidence: float
+    end: float  # a CTC's peaks are narrow: a word may sound a little longer
+    confidence: float  # geometric mean of the CTC's posteriors of its tokens, over the frames they were found in
 
 
 @dataclass
@@ -26,7 +41,7 @@ class Hypothesis:
     words: list[Word] | None = None  # None without a CTC, or where it cannot spell the text or has too few frames for it
     ctc_text: str | None = None  # the CTC's own, by its best path
     flags: list[str] = field(default_factory=list)
-    unguarded: str | None = None
+    unguarded: str | None = None  # what was first written, where the guard has put `text` in its place
 
 
 @dataclass
@@ -42,26 +57,27 @@ class Transcript:
 
     text: str
     score: float
+    tokens: int
     nbest: list[tuple[str, float]]
     words: list[Word] | None
     segments: list[Segment]
     flags: list[str]
     duration: float  # seconds
     error: str = ""
-    tokens: int = 0
-    unguarded: str | None = None  # what the guard found, where it kept another text
+    unguarded: str | None = None
 
 
 def joined(pieces: Sequence[tuple[float, float, Hypothesis]], duration: float, error: str = "") -> Transcript:
     """The (start, duration in seconds, hypothesis) of a recording's pieces as one transcript; scores are sums.
 
-    `words` lacks those of pieces that have none; None where no piece has any.
+    `words` lacks those of pieces that have none; None where no piece has any. `nbest` of several pieces: the combinations of
+    theirs with the highest sums.
     """
-    nbest = [("", 0.0)] if pieces else []
-    for _, _, piece in pieces:
+    nbest: list[tuple[str, float]] = []
+    for i, (_, _, piece) in enumerate(pieces):
         readings = piece.nbest or [(piece.text, piece.score)]
         both = [(f"{a} {b}".strip(), score + more) for (a, score), (b, more) in product(nbest, readings)]
-        nbest = both if len(pieces) == 1 else nlargest(len(readings), both, key=lambda reading: reading[1])
+        nbest = nlargest(max(len(nbest), len(readings)), both, key=lambda reading: reading[1]) if i else readings
     words = [
         Word(word.text, start + word.start, start + word.end, word.confidence)
         for start, _, piece in pieces
@@ -71,12 +87,39 @@ def joined(pieces: Sequence[tuple[float, float, Hypothesis]], duration: float, e
     return Transcript(
         text=" ".join(piece.text for _, _, piece in pieces if piece.text),
         score=sum(piece.score for _, _, piece in pieces),
+        tokens=sum(piece.tokens for _, _, piece in pieces),
         nbest=nbest,
         words=words if any(piece.words is not None for _, _, piece in pieces) else None,
         segments=[Segment(start, start + seconds, piece.text) for start, seconds, piece in pieces if piece.text],
         flags=list(dict.fromkeys(flag for _, _, piece in pieces for flag in piece.flags)),
         duration=duration,
         error=error,
-        tokens=sum(piece.tokens for _, _, piece in pieces),
-        unguarded=" ".join(filter(None, unguarded)) if any(p.unguarded is not None for _, _, p in pieces) else None,
+        unguarded=" ".join(filter(None, unguarded)) if any(piece.unguarded is not None for _, _, piece in pieces) else None,
     )
+
+
+def timed_words(
+    ids: Sequence[int], spelling: Spelling, log_probs: np.ndarray, seconds: float, duration: float
+) -> list[Word] | None:
+    """When the words of a text were said, by the CTC (forced alignment); None: it cannot spell it, or has too few frames.
+
+    ids: the text's tokens; log_probs (N, V + 1) of a clip of `duration` seconds, each frame `seconds` long.
+    """
+    classes = spelling(ids)
+    spans = forced_alignment(log_probs, classes) if spelling.whole(ids) else None
+    if spans is None:
+        return None
+    decode = partial(spelling.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    owner = []  # of each class, the word that it belongs to, from 1; 0: a space that stands alone
+    for i, id in enumerate(ids):
+        so_far = decode(ids[: i + 1])
+        owner += [0 if so_far[-1:].isspace() else len(so_far.split())] * len(spelling.of_token(id))
+    words = []
+    for number, text in enumerate(decode(ids).split(), 1):
+        own = [(first, last, c) for (first, last), c, o in zip(spans, classes, owner, strict=True) if o == number]
+        if not own:
+            return None
+        said = np.concatenate([log_probs[first : last + 1, c] for first, last, c in own])
+        start, end = own[0][0] * seconds, min((own[-1][1] + 1) * seconds, duration)
+        words.append(Word(text, start, end, float(np.exp(said.mean()))))
+    return words
