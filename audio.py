@@ -25,6 +25,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES, SAMPLE_RATE
 from settings import InputError
 
 BLOCK = 1 << 16  # frames read at a time
+ROUNDING = 0.01  # seconds that the end of a part may lie behind its file's, since times are often written so
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
 OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
 
@@ -45,35 +46,46 @@ def truncation(libsndfile_log: str) -> str:
 
 
 class AudioStream:
-    """Any audio file of any length, block by block: float32 mono at 16 kHz (samples,). To be iterated once.
+    """An audio file of any length, or its part from `start` to `end` (seconds), block by block: float32 mono at 16 kHz
+    (samples,).
 
-    wav, flac, ogg, opus and mp3 are read by libsndfile, the rest by the `ffmpeg` program where it is installed. A truncated
-    or corrupt file yields what stands before the damage; `problem` then says what is wrong ("" if nothing). Iterating raises
-    InputError when nothing can be read, or at the first block with NaN or infinite samples.
+    wav, flac, ogg, opus and mp3 are read by libsndfile, the rest by the `ffmpeg` program where it is installed; both seek. A
+    truncated or corrupt file yields what stands before the damage, a part that goes on behind the file's end what is there
+    of it; damage behind a part is no problem of the part. Once iterated, `problem` says what is wrong ("" if nothing), and
+    `samples` how many there were. Iterating raises InputError when nothing can be read, or at the first block with NaN or
+    infinite samples.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.problem = Path(path), ""
+    def __init__(self, path: str | Path, start: float | None = None, end: float | None = None) -> None:
+        self.path, self.start, self.end = Path(path), start or 0.0, math.inf if end is None else end
+        self.problem, self.samples = "", 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
         check_file(self.path)
-        empty = True
+        self.samples = 0
         for block in self._blocks():
             if not np.isfinite(block).all():
                 raise InputError(f"{self.path}: has NaN or infinite samples")
-            empty = empty and not len(block)
+            self.samples += len(block)
             yield block
-        if self.problem and empty:
+        lacking = self.end - self.start - self.samples / SAMPLE_RATE
+        if lacking <= ROUNDING:
+            self.problem = ""
+        elif self.end < math.inf:
+            self.problem = self.problem or f"ends {lacking:.2f} s before its part does, at {self.end:g} s"
+        elif self.start and not self.samples:
+            self.problem = self.problem or f"ends before its part begins, at {self.start:g} s"
+        if self.problem and not self.samples:
             raise InputError(f"{self.path}: {self.problem}")
 
     def _blocks(self) -> Iterator[np.ndarray]:
         try:
             with soundfile.SoundFile(self.path) as file:
-                rate, length_known, self.problem = file.samplerate, file.frames < UNKNOWN_FRAMES, truncation(file.extra_info)
+                rate, frames, self.problem = file.samplerate, file.frames, truncation(file.extra_info)
         except soundfile.LibsndfileError as error:
             yield from self._ffmpeg(error.error_string)
             return
-        blocks = self._libsndfile(rate, length_known)
+        blocks = self._libsndfile(rate, frames)
         if rate == SAMPLE_RATE:
             yield from blocks
             return
@@ -82,20 +94,21 @@ class AudioStream:
             yield resampler.resample_chunk(block)
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
-    def _libsndfile(self, rate: int, length_known: bool) -> Iterator[np.ndarray]:
-        done, size, why = 0, BLOCK, ""
+    def _libsndfile(self, rate: int, frames: int) -> Iterator[np.ndarray]:
+        done, last = min(round(self.start * rate), frames), min(self.end * rate, UNKNOWN_FRAMES)
+        size, why = BLOCK, ""
         while size:
             with _InOrder(self.path) as file:
                 try:
                     file.seek(done)
-                    while len(block := file.read(size, dtype="float32", always_2d=True).mean(1)):
+                    while len(block := file.read(min(size, round(last) - done), "float32", always_2d=True).mean(1)):
                         yield block
                         done += len(block)
                     return
                 except soundfile.LibsndfileError as error:  # the damage, or the end of a file whose length is unknown
                     why = why or error.error_string
             size //= 2  # it lies within the next block: come closer
-        if length_known:
+        if frames < UNKNOWN_FRAMES:
             self.problem = f"corrupt after {done / rate:.2f} s ({why})"
 
     def _ffmpeg(self, why: str) -> Iterator[np.ndarray]:
@@ -103,19 +116,19 @@ class AudioStream:
             neither = f"not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more"
             raise InputError(f"{self.path}: {neither}")
         command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe"]
+        command += ["-ss", f"{self.start:f}"] if self.start else []
+        command += ["-t", f"{self.end - self.start:f}"] if self.end < math.inf else []
         command += ["-i", f"file:{self.path.resolve()}", "-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
         with TemporaryFile() as complaints, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as ffmpeg:
             try:
-                empty = True
                 while samples := ffmpeg.stdout.read(BLOCK * np.dtype(np.float32).itemsize):
-                    empty = False
                     yield np.frombuffer(samples, np.float32)
                 ffmpeg.wait()
             finally:
                 ffmpeg.kill()  # where the reader stopped before the end
             complaints.seek(0)
             complaint = complaints.readline().decode("utf-8", "replace").strip()
-        if empty:
+        if not self.samples and (ffmpeg.returncode or not self.start):
             raise InputError(f"{self.path}: not audio that libsndfile or ffmpeg reads ({why})")
         self.problem = f"corrupt ({complaint})" if ffmpeg.returncode else ""
 
@@ -127,14 +140,22 @@ class _InOrder(soundfile.SoundFile):
         return False
 
 
-def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
+def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, str]:
     """The whole of an AudioStream (samples,), and its problem."""
-    stream = AudioStream(path)
+    stream = AudioStream(path, start, end)
     return np.concatenate([np.zeros(0, np.float32), *stream]), stream.problem
 
 
-def count_samples(path: Path) -> int:
-    """Samples at 16 kHz by the file's header alone where it says; raises InputError for a file that is not whole."""
+def count_samples(path: Path, start: float | None = None) -> int:
+    """Samples at 16 kHz, from `start` (seconds) on, by the file's header alone where it says; raises InputError for a file
+    that is not whole, or that ends before."""
+    count = _count_samples(path)
+    if start and count <= start * SAMPLE_RATE:
+        raise InputError(f"{path}: ends before its part begins, at {start:g} s")
+    return count - round((start or 0) * SAMPLE_RATE)
+
+
+def _count_samples(path: Path) -> int:
     try:
         with soundfile.SoundFile(path) as file:
             frames, rate, problem = file.frames, file.samplerate, truncation(file.extra_info)
@@ -143,10 +164,10 @@ def count_samples(path: Path) -> int:
     except soundfile.LibsndfileError:
         pass
     stream = AudioStream(path)
-    samples = sum(map(len, stream))
+    count = sum(map(len, stream))
     if stream.problem:
         raise InputError(f"{path}: {stream.problem}: mend the file or remove the line")
-    return samples
+    return count
 
 
 class SpeechLengths(NamedTuple):

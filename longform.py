@@ -1,6 +1,6 @@
 """A recording of any length → pieces of at most 30 s, cut at its pauses, while it is read.
 
-    for piece in pieces("talk.mp3"):
+    for piece in Pieces("talk.mp3"):
         print(piece.start, len(piece.audio) / SAMPLE_RATE)
 
 A recording of 30 s or less is one piece, whole. In a longer one a voice-activity detector says which frames (16 ms) may be
@@ -44,39 +44,30 @@ DIGITAL_SILENCE = -90  # dB below full scale: the last bit of 16
 
 
 class Piece(NamedTuple):
-    start: float  # seconds into the recording
+    start: float  # seconds from the beginning of the recording, or of its part
     audio: np.ndarray  # float32 (samples,) at 16 kHz, at most 30 s
 
 
 class Pieces:
-    """The pieces of a file, read as they are asked for; afterwards `problem` and `seconds` of the file are known.
+    """The pieces of a file, or of its part from `start` to `end` (seconds), read as they are asked for.
 
-    Iterating raises InputError as AudioStream does: for NaN, after the pieces before it.
+    Once iterated, `problem` says what is wrong with the file ("" if nothing), and `seconds` how long it is. Iterating raises
+    InputError as AudioStream does, after the pieces before: for NaN, say.
     """
 
-    def __init__(self, path: str | Path, vad: str = "energy") -> None:
-        self.stream, self.vad, self.samples = AudioStream(path), vad, 0
+    def __init__(self, path: str | Path, start: float | None = None, end: float | None = None, vad: str = "energy") -> None:
+        self.stream, self.vad = AudioStream(path, start, end), vad
 
     def __iter__(self) -> Iterator[Piece]:
-        return cut(self._counted(), self.vad)
-
-    def _counted(self) -> Iterator[np.ndarray]:
-        self.samples = 0
-        for block in self.stream:
-            self.samples += len(block)
-            yield block
+        return cut(self.stream, self.vad)
 
     @property
     def problem(self) -> str:
-        """What is wrong with the file, as far as it was read; "" if nothing."""
         return self.stream.problem
 
     @property
     def seconds(self) -> float:
-        return self.samples / SAMPLE_RATE
-
-
-pieces = Pieces
+        return self.stream.samples / SAMPLE_RATE
 
 
 def cut(blocks: Iterable[np.ndarray], vad: str = "energy") -> Iterator[Piece]:

@@ -29,7 +29,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 from audio import log_mel, speech_vectors
 from ctc import greedy_path
 from dataset import SpeechCollator
-from longform import pieces
+from longform import Pieces
 from manifest import Manifest, Record, read_manifest
 from model import SpeechLLM, build_model
 from prompt import Prompt, load_tokenizer
@@ -183,7 +183,7 @@ class Outcome(NamedTuple):
 
 def read_clip(transcriber: Transcriber, record: Record) -> tuple[list[np.ndarray], str, float]:
     """(pieces that can be decoded, what is wrong, seconds) of a record; never raises for a bad file."""
-    stream = pieces(record.wav, transcriber.args.vad)
+    stream = Pieces(record.wav, vad=transcriber.args.vad)
     try:
         clips = [piece.audio for piece in stream]
     except InputError as error:

@@ -89,7 +89,7 @@ def main() -> None:
         for vad in args.vad:
             for target in args.target:
                 longform.TARGET, transcriber.args.vad = longform.frames(target), vad
-                lengths = [len(piece.audio) / SAMPLE_RATE for piece in longform.Pieces(path, vad)]
+                lengths = [len(piece.audio) / SAMPLE_RATE for piece in longform.Pieces(path, vad=vad)]
                 start = time.monotonic()
                 (outcome,) = recognize(transcriber, [Record("long", path, words, None, "")], args.batch_size)
                 speed = outcome.seconds / (time.monotonic() - start)
