@@ -95,13 +95,16 @@ class AudioStream:
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
     def _libsndfile(self, rate: int, frames: int) -> Iterator[np.ndarray]:
-        done, last = min(round(self.start * rate), frames), min(self.end * rate, UNKNOWN_FRAMES)
+        done, last = min(round(self.start * rate), frames), round(min(self.end * rate, UNKNOWN_FRAMES))
         size, why = BLOCK, ""
         while size:
             with _InOrder(self.path) as file:
                 try:
                     file.seek(done)
-                    while len(block := file.read(min(size, round(last) - done), "float32", always_2d=True).mean(1)):
+                    while done < last:
+                        block = file.read(min(size, last - done), "float32", always_2d=True).mean(1)
+                        if not len(block):
+                            return
                         yield block
                         done += len(block)
                     return

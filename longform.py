@@ -7,10 +7,10 @@ A recording of 30 s or less is one piece, whole. In a longer one a voice-activit
 speech; pieces end in pauses, keep a little silence around the speech, and what lies between them is left out. Speech without
 a pause is cut at its quietest place. Every frame that may be speech stands in exactly one piece.
 
-`--vad energy`, built in: a frame may be speech if it is 10 dB louder than the noise (the tenth percentile of the frames of
-the last five minutes and of the next half minute), or within 15 dB of the loudest (the 99th). So where loud and quiet frames
-are alike, be it noise or speech upon noise, all is speech: in doubt it is decoded. `--vad silero`: the small network of the
-package silero-vad. `--vad none`: all is speech, and is cut at the quietest places.
+`--vad energy`, built in: a frame may be speech if it is 10 dB louder than the noise (the fifth percentile of the frames of
+the last five minutes and of the next half minute), or within 25 dB of the loudest (the 99th). So where loud and quiet frames
+are alike, be it noise or speech upon much noise, all is speech: in doubt it is decoded. `--vad silero`: the small network of
+the package silero-vad, which tells speech from noise. `--vad none`: all is speech, and is cut at the quietest places.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -137,8 +137,8 @@ def _energy() -> Detector:
     def judge(audio: np.ndarray, level: np.ndarray) -> np.ndarray:
         nonlocal past
         past = np.concatenate([past, level])[-REMEMBERED:]
-        noise, loudest = np.percentile(past, (10, 99))
-        return level > max(min(noise + 10, loudest - 15), DIGITAL_SILENCE)
+        noise, loudest = np.percentile(past, (5, 99))
+        return level > max(min(noise + 10, loudest - 25), DIGITAL_SILENCE)
 
     return judge
 

@@ -29,7 +29,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 from audio import log_mel, speech_vectors
 from ctc import greedy_path
 from dataset import SpeechCollator
-from longform import Pieces
+from longform import DETECTORS, Pieces
 from manifest import Manifest, Record, read_manifest
 from model import SpeechLLM, build_model
 from prompt import Prompt, load_tokenizer
@@ -74,6 +74,7 @@ class Transcriber:
     def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
+        DETECTORS[args.vad]()  # a missing package is told before the first file
         self.device = next(model.parameters()).device
         auto = "llm" if not model.ctc else "joint" if model.settings["llm_reads"] else "ctc"
         self.decoder = auto if args.decoder == "auto" else args.decoder
