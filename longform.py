@@ -109,20 +109,23 @@ def _chunks(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
 
 
 def _piece_end(speech: np.ndarray, level: np.ndarray, last: bool) -> int:
-    """speech (F,), which begins with at most MARGIN of silence, level (F,) → how many frames the next piece takes."""
+    """speech (F,), which begins with at most MARGIN of silence, level (F,) → how many frames the next piece takes.
+
+    It ends in the first long silence, else in the longest pause of the second half of TARGET, else of what follows up to
+    30 s, else of what comes before, else at the quietest place of the second half of 30 s.
+    """
     edges = np.flatnonzero(np.diff(speech, prepend=True, append=True))
     starts, ends = edges[::2], edges[1::2]  # of silences
     pauses = (starts > 0) & (starts < LONGEST) & (ends - starts >= PAUSE)
     starts, lengths = starts[pauses], (ends - starts)[pauses]
     long = np.flatnonzero((lengths >= SILENCE) & (starts < TARGET))[:1]
-    windows = [(TARGET // 2, TARGET), (TARGET, LONGEST), (0, TARGET // 2)]
-    within = [np.flatnonzero((starts >= low) & (starts < high)) for low, high in windows]
-    candidates = next((found for found in (long, *within) if len(found)), [])
-    if last and len(speech) <= (TARGET if len(starts) else LONGEST) and not len(long):
+    if last and not len(long) and len(speech) <= (TARGET if len(starts) else LONGEST):
         return len(speech)
-    if len(candidates):
-        pause = candidates[lengths[candidates].argmax()]
-        return int(min(starts[pause] + min(MARGIN, lengths[pause] // 2), LONGEST))
+    windows = [(TARGET // 2, TARGET), (TARGET, LONGEST), (0, TARGET // 2)]
+    for found in (long, *(np.flatnonzero((starts >= low) & (starts < high)) for low, high in windows)):
+        if len(found):
+            pause = found[lengths[found].argmax()]
+            return int(min(starts[pause] + min(MARGIN, lengths[pause] // 2), LONGEST))
     room = min(LONGEST, len(speech) - frames(1))  # what remains shall not be a snippet
     energy = np.convolve(10 ** (level[room // 2 : room] / 10), np.ones(QUIET), "valid")
     return room // 2 + int(energy.argmin()) + QUIET // 2

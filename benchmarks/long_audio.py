@@ -75,7 +75,7 @@ def main() -> None:
         used = make(path, args.minutes, args.seed, args.silence_db)
         words = " ".join(record.txt for record in used)
         print(f"{soundfile.info(path).duration / 60:.1f} minutes, {len(used)} prompts; decoder {transcriber.decoder}\n")
-        print("| | pieces, s | WER | WER, as one text | × real time |\n|---|---|---|---|---|", flush=True)
+        print("| row | pieces, s | WER | WER, as one text | × real time |\n|---|---|---|---|---|", flush=True)
 
         once = list({record.key: record for record in used}.values())
         start = time.monotonic()

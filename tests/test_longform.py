@@ -1,5 +1,7 @@
 """Long recordings: read as a stream, cut at pauses, no speech lost, in memory that does not grow."""
 
+import shutil
+import subprocess
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -67,8 +69,38 @@ def test_a_file_read_in_blocks_is_the_file_read_at_once(tmp_path, monkeypatch, n
     assert np.array_equal(load_audio(tmp_path / name)[0], streamed)
 
 
-@pytest.mark.parametrize(("suffix", "why"), [("wav", "truncated"), ("flac", r"corrupt after 2\d\.\d\d s")])
-def test_a_damaged_long_file_yields_its_pieces_and_then_says_what_is_wrong(tmp_path, suffix, why):
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_a_file_read_through_ffmpeg_may_be_left_before_its_end(tmp_path, monkeypatch):
+    """The program waits for a reader who does not come: it must be ended with the stream."""
+    wav = write_clip(tmp_path / "a.wav", 60)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, tmp_path / "a.m4a"], check=True)
+    stream = iter(AudioStream(tmp_path / "a.m4a"))
+    started, real = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
+    assert len(next(stream)) == audio_module.BLOCK
+    assert started[0].poll() is None
+    stream.close()
+    assert started[0].poll() < 0
+    pieces = Pieces(tmp_path / "a.m4a")
+    assert sum(len(piece.audio) for piece in pieces) / RATE == pytest.approx(60, abs=0.2)
+    assert pieces.problem == ""
+
+
+def test_a_part_of_a_file_is_cut_as_if_it_were_alone(tmp_path):
+    sound = soundfile.read(write_clip(tmp_path / "a.flac", 100), dtype="float32")[0]
+    pieces = Pieces(tmp_path / "a.flac", 10.5, 70)
+    part = sound[int(10.5 * RATE) : 70 * RATE]
+    assert check(pieces, part).all()
+    assert pieces.seconds == 59.5
+    pieces = Pieces(tmp_path / "a.flac", 95, 120)
+    ((start, piece),) = pieces
+    assert start == 0
+    assert np.array_equal(piece, sound[95 * RATE :])
+    assert pieces.problem == "ends 20.00 s before its part does, at 120 s"
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_damaged_long_file_yields_its_pieces_and_then_says_what_is_wrong(tmp_path, suffix):
     sound = soundfile.read(write_clip(tmp_path / f"a.{suffix}", 80), dtype="float32")[0]
     whole = (tmp_path / f"a.{suffix}").read_bytes()
     (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])

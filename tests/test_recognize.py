@@ -147,6 +147,13 @@ def test_a_long_file_is_decoded_in_pieces_and_joined(trained, tmp_path):
     assert lines(tmp_path / "r.txt") == ["long " + " ".join(filter(None, transcriber.transcribe(pieces)))]
 
 
+def test_a_long_file_of_nothing_but_silence_has_an_empty_text_and_no_problem(trained, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(65 * RATE, np.float32), RATE)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": "silence.wav"}])
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt")) == 0
+    assert lines(tmp_path / "r.txt") == ["a "]
+
+
 def test_a_hypothesis_is_one_line(trained):
     transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu")
     ids = transcriber.prompt.tokenizer("a\tb\n\nc", add_special_tokens=False).input_ids
