@@ -76,7 +76,7 @@ def test_the_published_shape_is_padded_to_512_positions(real):
 def test_long_audio_prints_the_wer_of_one_file_beside_that_of_its_parts(real):
     """Real prompts and models: the one file is heard in pieces of 1 to 30 s, and not worse than its parts by a point."""
     done = run_script(
-        *(sys.executable, "benchmarks/long_audio.py", "--minutes", "0.7", "--decoder", "ctc", "--num_beams", "1")
+        *(sys.executable, "benchmarks/long_audio.py", "--minutes", "0.6", "--decoder", "ctc", "--num_beams", "1")
     )
     assert done.returncode == 0, done.stderr
     parts, one = cells(done.stdout, "row").values()
