@@ -18,12 +18,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -37,10 +36,11 @@ from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, Repetiti
 from transformers.utils import logging as transformers_logging
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
-from audio import load_audio, log_mel, samples_of, speech_vectors, vector_seconds
+from audio import log_mel, samples_of, speech_vectors, vector_seconds
 from ctc import greedy_path, log_likelihood
 from dataset import SpeechCollator
 from guard import guarded
+from longform import DETECTORS, Piece, Pieces, cut
 from manifest import Record
 from model import LogLikelihood, Sample, SpeechLLM, build_model
 from progress import Progress, at_work, identity, processes
@@ -54,7 +54,6 @@ from transcript import Hypothesis, Transcript, joined, timed_words
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
 SPARE_TOKENS = 8
-PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
 WINDOW_BATCHES = 4  # so many times --batch_seconds are read ahead and sorted by length
 NO_MATTER = ("data_path", "result_path", "batch_size", "batch_seconds", "device")  # to an outcome
 
@@ -90,6 +89,9 @@ class DecodeArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the frozen weights; auto is bfloat16 on a GPU, float32 elsewhere."}
     )
+    vad: Literal["energy", "silero", "none"] = field(
+        default="energy", metadata={"help": "What finds the pauses of audio longer than 30 s; none: the quietest places."}
+    )
 
     def check(self) -> None:
         """Raises InputError for values that cannot be."""
@@ -123,6 +125,7 @@ class Transcriber:
     def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
+        DETECTORS[args.vad]()  # a missing package is told before the first file
         self.device = next(model.parameters()).device
         self.decoder = self._decoder(args)
         self.turn = Lock()
@@ -170,47 +173,29 @@ class Transcriber:
         """
         several = isinstance(audio, list | tuple)
         inputs = audio if several else [audio]
-        found: list[Transcript] = []
-        for first in range(0, len(inputs), self.args.batch_size):
-            found += self._transcripts(inputs[first : first + self.args.batch_size], sampling_rate)
+        for one in inputs:
+            if not isinstance(one, str | Path | np.ndarray | Tensor):
+                raise InputError(f"{type(one).__name__} is not audio: give a file's path, or an array or tensor of samples")
+
+        def pieces_of(record: Record) -> Pieces | ArrayPieces:
+            file = isinstance(record.wav, str | Path)
+            vad = self.args.vad
+            return Pieces(record.wav, vad=vad) if file else ArrayPieces(record.wav, sampling_rate, vad)
+
+        records = [Record(str(i), one, None, None, "") for i, one in enumerate(inputs)]
+        sizes = self.args.batch_size, self.args.batch_seconds
+        outcomes = {o.key: o for o in recognize(self, records, *sizes, pieces_of=pieces_of)}
+        found = []
+        for record in records:
+            transcript = outcomes[record.key].transcript
+            if transcript.error and isinstance(record.wav, str | Path):
+                transcript.error = f"{record.wav}: {transcript.error}"
+            found.append(transcript)
         if several:
             return found
         if found[0].error and not found[0].segments:
             raise InputError(found[0].error)
         return found[0]
-
-    def _transcripts(self, inputs: Sequence[Any], sampling_rate: float | None) -> list[Transcript]:
-        read = [self._read(one, sampling_rate) for one in inputs]
-        flat = [(i, *piece) for i, (pieces, _, _) in enumerate(read) for piece in pieces]
-        flat.sort(key=lambda piece: len(piece[2]))
-        pieces: list[list[tuple[float, float, Hypothesis]]] = [[] for _ in inputs]
-        errors = [problem for _, problem, _ in read]
-        for first in range(0, len(flat), self.args.batch_size):
-            batch = flat[first : first + self.args.batch_size]
-            for (i, start, clip), found in zip(batch, decode(self, [clip for _, _, clip in batch]), strict=True):
-                if isinstance(found, InputError):
-                    errors[i] = str(found)
-                else:
-                    pieces[i].append((start, len(clip) / SAMPLE_RATE, found))
-        rows = zip(pieces, read, errors, strict=True)
-        return [joined(sorted(found, key=itemgetter(0)), seconds, error) for found, (_, _, seconds), error in rows]
-
-    def _read(self, source: Any, sampling_rate: float | None) -> tuple[list[tuple[float, np.ndarray]], str, float]:
-        """(pieces that can be decoded, each with its start; what is wrong; seconds); never raises for bad audio."""
-        file = isinstance(source, str | Path)
-        if not file and not isinstance(source, np.ndarray | Tensor):
-            raise InputError(f"{type(source).__name__} is not audio: give a file's path, or an array or tensor of samples")
-        try:
-            audio, problem = load_audio(source) if file else (samples_of(source, sampling_rate), "")
-        except InputError as error:
-            return [], str(error), 0.0
-        start, pieces = 0, []
-        for piece in cut_at_pauses(audio):
-            pieces += [(start / SAMPLE_RATE, piece)] if self.usable(piece) else []
-            start += len(piece)
-        if not pieces:
-            problem = problem or ("shorter than one projector window" if len(audio) else "has no samples")
-        return pieces, f"{source}: {problem}" if problem and file else problem, len(audio) / SAMPLE_RATE
 
     def usable(self, audio: np.ndarray) -> bool:
         """At least one projector window long and at most 30 s."""
@@ -228,7 +213,7 @@ class Transcriber:
             raise InputError("clips must be a list of float arrays (samples,) at 16 kHz, as load_audio gives them")
         wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
         if wrong:
-            raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: cut_at_pauses helps")
+            raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
         with self.turn, torch.no_grad():
             return self._decode(clips, args, decoder)
 
@@ -309,18 +294,6 @@ def _hypothesis(readings: Sequence[Reading]) -> Hypothesis:
     return Hypothesis(best.text, best.ended, best.score, len(best.ids) + bool(best.ended), nbest)
 
 
-def cut_at_pauses(audio: np.ndarray, longest: int = N_SAMPLES) -> list[np.ndarray]:
-    """Pieces of at most `longest` samples, cut at the quietest place in the second half of each; joined they are `audio`."""
-    pieces = []
-    while len(audio) > longest:
-        energy = np.square(audio[longest // 2 : longest], dtype=np.float64).cumsum()
-        window = energy[PAUSE_WINDOW:] - energy[:-PAUSE_WINDOW]
-        cut = longest // 2 + int(window.argmin()) + PAUSE_WINDOW // 2
-        pieces.append(audio[:cut])
-        audio = audio[cut:]
-    return [*pieces, audio]
-
-
 def usable_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is; raises InputError for one that is not there."""
     own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(torch.cuda.device_count(), 1)}"  # of each process another
@@ -352,22 +325,18 @@ def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[Hypoth
     return decode(transcriber, clips[:half]) + decode(transcriber, clips[half:])
 
 
-class Piece(NamedTuple):
-    start: float  # seconds
-    audio: np.ndarray
+class ArrayPieces:
+    """An array's pieces, as longform.Pieces are a file's."""
 
+    problem, seconds = "", 0.0
 
-class Pieces:
-    """The pieces of a recording, each at most 30 s; once they are read, its `problem` and length in `seconds` are known."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.problem, self.seconds = path, "", 0.0
+    def __init__(self, array: Any, sampling_rate: float | None, vad: str) -> None:
+        self.array, self.sampling_rate, self.vad = array, sampling_rate, vad
 
     def __iter__(self) -> Iterator[Piece]:
-        audio, self.problem = load_audio(self.path)
-        for piece in cut_at_pauses(audio):
-            yield Piece(self.seconds, piece)
-            self.seconds += len(piece) / SAMPLE_RATE
+        audio = samples_of(self.array, self.sampling_rate)
+        self.seconds = len(audio) / SAMPLE_RATE
+        return cut([audio], self.vad)
 
 
 class Part(NamedTuple):
@@ -379,11 +348,9 @@ class Part(NamedTuple):
     seconds: float = 0.0
 
 
-def pieces_of(record: Record) -> Pieces:
-    return Pieces(record.wav)
-
-
-def read_parts(transcriber: Transcriber, records: Iterable[Record]) -> Iterator[Part]:
+def read_parts(
+    transcriber: Transcriber, records: Iterable[Record], pieces_of: Callable[[Record], Pieces | ArrayPieces]
+) -> Iterator[Part]:
     """The usable pieces of each record, then its end; whatever is wrong with a file is its `problem`."""
     for record in records:
         pieces, problem, usable = pieces_of(record), "", []
@@ -434,11 +401,13 @@ def recognize(
     batch_size: int,
     batch_seconds: float = 240.0,
     window_batches: int = WINDOW_BATCHES,
+    pieces_of: Callable[[Record], Pieces | ArrayPieces] | None = None,
 ) -> Iterator[Outcome]:
     """One outcome for each record, whatever happens to it, as soon as it is complete: not in the records' order."""
+    pieces_of = pieces_of or (lambda record: Pieces(*record.part, vad=transcriber.args.vad))
     found: dict[str, list[tuple[Piece, Hypothesis | InputError]]] = defaultdict(list)  # of records that are not complete
     spent: dict[str, float] = defaultdict(float)
-    for window in read_ahead(read_parts(transcriber, records), batch_seconds * window_batches):
+    for window in read_ahead(read_parts(transcriber, records, pieces_of), batch_seconds * window_batches):
         ends = {part.record.key: part for part in window if not part.piece}
         pieces = [part for part in window if part.piece]
         left = Counter(part.record.key for part in pieces)

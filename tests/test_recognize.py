@@ -11,8 +11,9 @@ from conftest import RATE, audio, build_system, run_script, write_clip, write_ma
 from test_dataset import bad_audio
 
 import recognize
+from longform import Piece, cut
 from manifest import Record
-from recognize import DecodeArguments, Hypothesis, Piece, Transcriber, cut_at_pauses
+from recognize import DecodeArguments, Hypothesis, Transcriber
 from settings import InputError, ModelArguments
 
 
@@ -147,23 +148,12 @@ def test_failed_clips_are_tried_again_by_the_next_run(tiny, trained, tmp_path, m
     assert lines(tmp_path / "r.txt") == ["a 1.0", "b 1.0"]
 
 
-def test_long_audio_is_cut_at_its_pauses():
-    """Thirty-five seconds of noise with a pause at 22 s: two pieces, cut there, nothing lost."""
-    sound = audio(35)
-    sound[22 * RATE : int(22.5 * RATE)] = 0
-    pieces = cut_at_pauses(sound)
-    assert [round(len(piece) / RATE) for piece in pieces] == [22, 13]
-    assert np.array_equal(np.concatenate(pieces), sound)
-    assert all(len(piece) <= 30 * RATE for piece in cut_at_pauses(audio(95)))
-    assert len(cut_at_pauses(audio(30))) == 1
-
-
 def test_a_long_file_is_decoded_in_pieces_and_joined(trained, tmp_path):
     write_clip(tmp_path / "long.wav", 65)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "long", "wav": "long.wav"}])
     assert recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=2, max_new_tokens=5)) == 0
     transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu", max_new_tokens=5)
-    pieces = cut_at_pauses(soundfile.read(tmp_path / "long.wav", dtype="float32")[0])
+    pieces = [piece.audio for piece in cut([soundfile.read(tmp_path / "long.wav", dtype="float32")[0]])]
     assert len(pieces) >= 3
     assert lines(tmp_path / "r.txt") == ["long " + " ".join(filter(None, transcriber.transcribe(pieces)))]
 
@@ -175,16 +165,17 @@ def says_lengths(batches):
         batches.append([len(clip) for clip in clips])
         return [Hypothesis(str(len(clip))) for clip in clips]
 
-    return SimpleNamespace(hypotheses=hypotheses, usable=lambda audio: len(audio) > 0)
+    args = SimpleNamespace(guard="off", vad="none")
+    return SimpleNamespace(hypotheses=hypotheses, usable=lambda audio: len(audio) > 0, args=args)
 
 
 def in_seconds(monkeypatch, lengths):
     """Records of which each is pieces of so many seconds; and a list of those that were read."""
     read = []
 
-    def pieces_of(record):
-        read.append(record.key)
-        ends = np.cumsum(lengths[int(record.key)])
+    def pieces_of(key):
+        read.append(key)
+        ends = np.cumsum(lengths[int(key)])
         starts = [0, *ends[:-1]]
         sounds = [Piece(float(s), np.zeros(int((e - s) * RATE), np.float32)) for s, e in zip(starts, ends, strict=True)]
 
@@ -193,8 +184,8 @@ def in_seconds(monkeypatch, lengths):
 
         return Pieces(sounds)
 
-    monkeypatch.setattr(recognize, "pieces_of", pieces_of)
-    return (Record(str(i), f"{i}.wav", None, None, "") for i in range(len(lengths))), read
+    monkeypatch.setattr(recognize, "Pieces", lambda wav, *part, vad: pieces_of(wav))
+    return (Record(str(i), str(i), None, None, "") for i in range(len(lengths))), read
 
 
 def test_like_lengths_stand_together_in_batches_of_bounded_duration(monkeypatch):
@@ -225,6 +216,13 @@ def test_no_more_is_read_than_two_windows(monkeypatch):
         next(found)
         assert len(read) <= done + 2 * 9
     found.close()
+
+
+def test_a_long_file_of_nothing_but_silence_has_an_empty_text_and_no_problem(trained, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(65 * RATE, np.float32), RATE)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": "silence.wav"}])
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt")) == 0
+    assert lines(tmp_path / "r.txt") == ["a "]
 
 
 def test_a_hypothesis_is_one_line(trained):
