@@ -59,7 +59,7 @@ def librispeech(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
     rows = [row.split("|") for _, row in read_lines(known) if not row.startswith(";")] if known else []
     genders = {row[0].strip(): {"gender": row[1].strip()} for row in rows if len(row) > 1}
     for texts in files(root / (args.split or ""), (".trans.txt",)):
-        speaker, chapter = texts.parts[-3:-1]
+        speaker, _, chapter = texts.name.removesuffix(".trans.txt").partition("-")
         for key, txt in table(texts).items():
             clip = {"key": key, "wav": texts.parent / f"{key}.flac", "txt": txt, "speaker": speaker, "chapter": chapter}
             yield clip | genders.get(speaker, {})
@@ -83,8 +83,10 @@ def commonvoice(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
     if lacking:
         raise InputError(f"{tsv}:1: no column {', '.join(sorted(lacking))}: is it a list of clips?")
     for row in rows:
-        wav, txt, speaker = Path(row.pop("path")), row.pop("sentence"), row.pop("client_id")
-        wav = root / "clips" / (wav if wav.suffix else f"{wav}.mp3")  # the first releases left it out
+        path, txt, speaker = row.pop("path"), row.pop("sentence"), row.pop("client_id")
+        if path is None or txt is None:
+            raise InputError(f"{tsv}: the row of client_id {speaker} is cut off: fetch the file again")
+        wav = root / "clips" / (path if Path(path).suffix else f"{path}.mp3")  # the first releases left it out
         yield {"key": wav.stem, "wav": wav, "txt": txt, "speaker": speaker, **others(row)}
 
 
@@ -149,8 +151,8 @@ def huggingface(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
             data = datasets.load_from_disk(args.source)
         else:
             data = datasets.load_dataset(args.source, args.config, split=args.split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load the dataset {args.source!r}: {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot load the dataset {args.source!r}: {first_line(error.__cause__ or error)}") from None
     if isinstance(data, datasets.DatasetDict):
         choose(args, data)
         data = data[args.split]
@@ -204,12 +206,15 @@ def table(path: Path) -> dict[str, str]:
 
 def files(root: Path, endings: tuple[str, ...]) -> list[Path]:
     """Files anywhere in a folder, sorted, hidden ones left out; raises InputError if there are none."""
-    walk = os.walk(root, followlinks=True)
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(root, onerror=stop, followlinks=True)
     paths = sorted(Path(there, name) for there, _, names in walk for name in names if name.lower().endswith(endings))
     paths = [path for path in paths if not path.name.startswith(".")]
     if not paths:
-        archives = ": unpack the archives there" if list(root.parent.rglob("*.tar.gz")) else ""
-        raise InputError(f"{root}: {f'no {endings[0]} file in it' if root.is_dir() else 'no such folder'}{archives}")
+        raise InputError(f"{root}: no {endings[0]} file in it: is it the right folder, and unpacked?")
     return paths
 
 
@@ -222,8 +227,8 @@ def choose(args: argparse.Namespace, there: Iterable[str]) -> None:
     """Raise InputError unless --split is one of those that are there."""
     there = sorted(there)
     if args.split not in there:
-        what = f"give --split, one of {', '.join(there)}" if there else "none of its parts is there: is it the right folder?"
-        raise InputError(f"{args.source}: {what}")
+        parts = f"give --split, one of {', '.join(there)}" if there else "no part in it: is it the right folder, unpacked?"
+        raise InputError(f"{args.source}: {parts}")
 
 
 def length(wav: Path) -> float | str:
@@ -295,16 +300,14 @@ def prepare(clips: Sequence[Clip], out: Path, untranscribed: bool = False) -> in
 
 def replace(path: Path, lines: list[str]) -> None:
     """Put lines in a file's place, whole or not at all; no lines, no file."""
+    if not lines:
+        return path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with new.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{line}\n" for line in lines)
-        os.replace(new, path)
-        if not lines:
-            path.unlink()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        return os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
 
@@ -324,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.out.suffix != ".jsonl":
                 raise InputError(f"--out {args.out}: give it a name that ends in .jsonl")
             return prepare(list(CORPORA[args.corpus](Path(args.source), args)), args.out, args.untranscribed)
+        except OSError as error:
+            raise InputError(f"{error.filename or args.out}: {error.strerror}") from None
         except KeyboardInterrupt:
             raise InputError(f"interrupted: {args.out} is as it was") from None
 

@@ -109,9 +109,10 @@ def test_aishell(tmp_path, capsys):
     assert not (tmp_path / "a" / "train.left_out.txt").exists()
     with pytest.raises(SystemExit, match=r"data_aishell: give --split, one of dev, train$"):
         run("aishell", root, "--out", tmp_path / "m.jsonl")
-    shutil.rmtree(root / "wav/train/S0002")
+    shutil.rmtree(root / "wav/train")
+    shutil.rmtree(root / "wav/dev")
     (root / "wav/S0002.tar.gz").touch()  # as it is delivered
-    with pytest.raises(SystemExit, match=r"wav/train: no .wav file in it: unpack the archives there$"):
+    with pytest.raises(SystemExit, match=r"data_aishell: no part in it: is it the right folder, unpacked\?$"):
         run("aishell", root, "--split", "train", "--out", tmp_path / "m.jsonl")
 
 
@@ -137,6 +138,10 @@ def test_common_voice(tmp_path):
     assert not {"accents", "segment", "path", "sentence", "client_id"} & found[0].keys()  # empty, or under our name
     with pytest.raises(SystemExit, match=r"clip_durations.tsv:1: no column client_id, path, sentence: is it a list"):
         run("commonvoice", root, "--split", "clip_durations", "--out", tmp_path / "m.jsonl")
+    with (root / "validated.tsv").open("a", encoding="utf-8") as file:
+        file.write("cafe\tcommon_voice_ja_1")
+    with pytest.raises(SystemExit, match=r"validated.tsv: the row of client_id cafe is cut off: fetch the file again$"):
+        run("commonvoice", root, "--split", "validated", "--out", tmp_path / "m.jsonl")
 
 
 def test_a_folder_with_audio_and_transcriptions(tmp_path):
@@ -278,24 +283,19 @@ def test_without_the_package_datasets_it_is_named(tmp_path, monkeypatch):
         run("huggingface", "PolyAI/minds14", "--split", "train", "--out", tmp_path / "m.jsonl")
 
 
-@pytest.fixture(params=["saved", "audiofolder", "one split"])
+@pytest.fixture(params=["parquet", "splits saved", "one saved"])
 def dataset(request, tmp_path):
-    """A folder of a Hugging Face dataset: written by save_to_disk, or audio files and a metadata.csv."""
+    """A folder of a Hugging Face dataset: as the hub holds it, or written by save_to_disk."""
     datasets = pytest.importorskip("datasets")
-    columns = {"text": ["one", "two", None], "speaker_id": [7, 8, 8], "id": ["a", "b", "c"], "start": [1, 1, 1]}
-    if request.param == "audiofolder":
-        for i in range(3):
-            speech(tmp_path / f"d/{i}.wav", i)
-        lines = [",".join(str(column[i] or "") for column in columns.values()) for i in range(3)]
-        header = ",".join(["file_name", *columns])
-        text(tmp_path / "d/metadata.csv", "\n".join([header, *(f"{i}.wav,{line}" for i, line in enumerate(lines))]) + "\n")
-        return tmp_path / "d"
     sounds = [{"path": f"{i}.wav", "bytes": speech(tmp_path / f"{i}.wav", i).read_bytes()} for i in range(3)]
-    data = datasets.Dataset.from_dict({"audio": sounds, **columns}).cast_column("audio", datasets.Audio(decode=False))
-    data = data.cast_column("audio", datasets.Audio())
-    if request.param == "saved":
-        data = datasets.DatasetDict({"train": data, "test": data.select([0])})
-    data.save_to_disk(tmp_path / "d")
+    columns = {"text": ["one", "two", None], "speaker_id": [7, 8, 8], "id": ["a", "b", "c"], "start": [1, 1, 1]}
+    data = datasets.Dataset.from_dict({"audio": sounds, **columns}).cast_column("audio", datasets.Audio())
+    if request.param == "parquet":
+        (tmp_path / "d").mkdir()
+        data.to_parquet(tmp_path / "d" / "train-00000-of-00001.parquet")
+    else:
+        several = datasets.DatasetDict({"train": data, "test": data.select([0])})
+        (several if request.param == "splits saved" else data).save_to_disk(tmp_path / "d")
     return tmp_path / "d"
 
 
@@ -402,8 +402,11 @@ def test_command_line(tmp_path):
     done = run_script("python", "prepare.py", "librispeech", root / "dev-clean", "--out", tmp_path / "m.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path}/m.jsonl: 3 clips of 2 speakers, 0.00 h; left out: 0 broken")
-    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/no: no such folder$"):
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/no: No such file or directory$"):
         run("librispeech", tmp_path / "no", "--out", tmp_path / "m.jsonl")
     assert prepare.CORPORA.keys() == {"librispeech", "aishell", "commonvoice", "folder", "kaldi", "huggingface"}
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/file/m.left_out.txt: Not a directory$"):
+        run("librispeech", root, "--out", tmp_path / "file" / "m.jsonl")
     with pytest.raises(SystemExit, match=r"--out m.txt: give it a name that ends in .jsonl"):
         run("librispeech", root, "--out", "m.txt")
