@@ -274,6 +274,7 @@ def prepare(clips: Sequence[Clip], out: Path, untranscribed: bool = False) -> in
         measured = tqdm(pool.imap(length, wavs, chunksize=16), "measuring", len(wavs), unit="file", disable=None)
         lengths = dict(zip(wavs, measured, strict=True))
     lines, silent, broken, beside = [], [], [], os.path.abspath(out.parent)
+    total, speakers = 0.0, set()
     for clip in clips:
         if clip["txt"] is None and not untranscribed:
             silent.append(f"{clip['wav']}: no transcript")
@@ -283,7 +284,9 @@ def prepare(clips: Sequence[Clip], out: Path, untranscribed: bool = False) -> in
         if isinstance(line, str):
             broken.append(f"{clip['wav']}: {line}")
         else:
-            lines.append(line)
+            lines.append(json.dumps(line, ensure_ascii=False))
+            total += line["duration"]
+            speakers |= {line.get("speaker")} - {None}
     listed = out.with_suffix(".left_out.txt")
     replace(listed, broken + silent)
     more = [f"{len(broken) - TOLD} more: see {listed}"] if len(broken) > TOLD else []
@@ -291,10 +294,9 @@ def prepare(clips: Sequence[Clip], out: Path, untranscribed: bool = False) -> in
         print(problem, file=sys.stderr)
     if not lines:
         raise InputError(f"{out} is not written: all {len(clips)} clips are left out, the first is {(broken + silent)[0]}")
-    replace(out, [json.dumps(line, ensure_ascii=False) for line in lines])
-    hours, speakers = sum(line["duration"] for line in lines) / 3600, len({line.get("speaker") for line in lines} - {None})
-    heard, without = f" of {speakers} speakers" if speakers else "", f"{len(silent)} without a transcript"
-    print(f"{out}: {len(lines)} clips{heard}, {hours:.2f} h; left out: {len(broken)} broken, {without}")
+    replace(out, lines)
+    heard, without = f" of {len(speakers)} speakers" if speakers else "", f"{len(silent)} without a transcript"
+    print(f"{out}: {len(lines)} clips{heard}, {total / 3600:.2f} h; left out: {len(broken)} broken, {without}")
     return 1 if broken else 0
 
 
