@@ -144,6 +144,9 @@ def huggingface(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
     """A dataset of the hub, or a folder of one; its sounds are written, undecoded, into a folder named like the jsonl."""
     try:
         import datasets
+
+        if int(datasets.__version__.split(".")[0]) < 4:  # it would run the dataset's own script
+            raise ImportError
     except ImportError:
         raise InputError("a Hugging Face dataset needs the package datasets: pip install 'datasets>=4'") from None
     try:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,8 +278,10 @@ def test_what_is_wrong_in_a_kaldi_folder_is_told_in_one_line(tmp_path, name, con
 # --- Hugging Face
 
 
-def test_without_the_package_datasets_it_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
+@pytest.mark.parametrize("module", [None, SimpleNamespace(__version__="3.6.0")])
+def test_without_the_package_datasets_it_is_named(tmp_path, monkeypatch, module):
+    """Before its version 4 a dataset could bring a script, which was run."""
+    monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(SystemExit, match=r"needs the package datasets: pip install 'datasets>=4'$"):
         run("huggingface", "PolyAI/minds14", "--split", "train", "--out", tmp_path / "m.jsonl")
 
