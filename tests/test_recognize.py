@@ -13,6 +13,7 @@ from test_dataset import bad_audio
 import recognize
 from recognize import DecodeArguments, Transcriber, cut_at_pauses
 from settings import InputError, ModelArguments
+from transcript import Hypothesis
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def options(trained, manifest, result, **more):
 @pytest.fixture
 def echo(monkeypatch):
     """Texts that say how many seconds were decoded: a random model's own may be empty."""
-    monkeypatch.setattr(Transcriber, "transcribe", lambda self, clips: [f"{len(clip) / RATE:.1f}" for clip in clips])
+    monkeypatch.setattr(Transcriber, "hypotheses", lambda self, clips: [Hypothesis(f"{len(c) / RATE:.1f}") for c in clips])
 
 
 def lines(path):
@@ -166,14 +167,14 @@ def test_a_hypothesis_is_one_line(trained):
 def fake(limit: int):
     """A transcriber that runs out of memory on more than `limit` clips, and on a clip of one sample."""
 
-    def transcribe(clips):
+    def hypotheses(clips):
         calls.append(len(clips))
         if len(clips) > limit or any(len(clip) == 1 for clip in clips):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return [f"text{len(clip)}" for clip in clips]
+        return [Hypothesis(f"text{len(clip)}") for clip in clips]
 
     calls: list[int] = []
-    return SimpleNamespace(transcribe=transcribe, calls=calls)
+    return SimpleNamespace(hypotheses=hypotheses, calls=calls)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +195,9 @@ def test_out_of_memory_halves_the_batch_and_at_one_reports():
     transcriber = fake(limit=2)
     clips = [np.zeros(n) for n in (5, 6, 1, 7, 8)]
     found = recognize.decode(transcriber, clips)
-    assert [str(text) for text in found] == ["text5", "text6", "out of memory on 0.0 s alone", "text7", "text8"]
+    assert [f.text for f in found if f is not found[2]] == ["text5", "text6", "text7", "text8"]
     assert isinstance(found[2], InputError)
+    assert str(found[2]) == "out of memory on 0.0 s alone"
     assert transcriber.calls[0] == 5
 
 
@@ -204,7 +206,7 @@ def test_other_errors_are_bugs_and_stay_loud():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        recognize.decode(SimpleNamespace(transcribe=broken), [np.zeros(9)])
+        recognize.decode(SimpleNamespace(hypotheses=broken), [np.zeros(9)])
 
 
 def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path, monkeypatch, capsys):
