@@ -161,7 +161,8 @@ class LogLikelihood(LogitsProcessor):
 
     def of(self, clip: int, ids: Sequence[int], end: int | None) -> float:
         """Of tokens that the search has written for a clip, with the end of turn behind them if that is given."""
-        written, total, ends = (part.view(self.clips, -1, *part.shape[1:])[clip] for part in self.steps[len(ids)])
+        beams = len(self.steps[0][0]) // self.clips
+        written, total, ends = (part[clip * beams : (clip + 1) * beams] for part in self.steps[len(ids)])
         row = (written == torch.tensor(ids, device=written.device)).all(-1).nonzero()[0, 0]
         return (total[row] + (0 if end is None else ends[row, self.ends.index(end)])).item()
 

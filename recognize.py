@@ -255,15 +255,16 @@ class Transcriber:
         if args.max_new_tokens is not None:
             allowed = torch.full_like(allowed, args.max_new_tokens)
         search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
-        search["num_return_sequences"] = several = args.num_beams if args.nbest > 1 else 1
+        several = args.num_beams if args.nbest > 1 else 1  # some are the same text in other tokens
+        search |= {"num_return_sequences": several} if several > 1 else {}
         if args.num_beams > 1:  # greedy search would warn of it; the joint score is a sum: no average over its length
             default = 0.0 if decoder == "joint" else 1.0
             search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
         if decoder == "joint":
             search |= {"joint_weight": args.joint_weight, "spelling": self.spelling}
-        # generate's own flags for these take a clip's padding on the left for text that it has written
         likelihood = LogLikelihood(len(clips), ends)
         before: list[LogitsProcessor] = [likelihood]
+        # generate's own flag overlooks as many tokens of a text as its clip's prompt has padding on the left
         before += [RepetitionPenaltyLogitsProcessor(args.repetition_penalty)] if args.repetition_penalty != 1 else []
         before += [NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)] if args.no_repeat_ngram_size else []
         after = [Sample(args.temperature, [crc32(clip.tobytes()) for clip in clips])] if args.temperature else []
@@ -277,7 +278,7 @@ class Transcriber:
             ended = length < allowed[clip].item()
             score = likelihood.of(clip, row[:length], row[length] if ended else None)
             reading = Reading(self._text(row), row[:length], ended, score)
-            if reading.text not in [other.text for other in readings[clip]]:  # the same in other tokens
+            if reading.text not in [other.text for other in readings[clip]]:
                 readings[clip].append(reading)
         return [row[: args.nbest] for row in readings]
 

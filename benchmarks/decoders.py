@@ -1,7 +1,9 @@
-"""WER of the shipped checkpoint by decoder and set, and that of Whisper tiny.en itself on the same clips.
+"""WER of the shipped checkpoint by decoder, beam and set, and that of Whisper tiny.en itself on the same clips.
 
     apt-get install pocketsphinx-testdata          # the LibriVox clips; left out where they are not there
     python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2]
+    python benchmarks/decoders.py --beams 1 3 5 8 10 --without_whisper                        # the table of beams
+    python benchmarks/decoders.py --invariance --dtype bfloat16          # texts that the size of a batch changes
 
 Whisper's English normalizer. dev: every fourth of the demo's training prompts, on which --joint_weight is chosen.
 """
@@ -10,7 +12,8 @@ import argparse
 import re
 import sys
 import time
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import whisper
@@ -18,7 +21,7 @@ import whisper
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
 from manifest import Record, read_manifest
-from recognize import DecodeArguments, Transcriber, recognize, use_shipped
+from recognize import DecodeArguments, Transcriber, use_shipped
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors
 
@@ -33,19 +36,57 @@ def librivox() -> list[Record]:
     return [Record(m[2], LIBRIVOX / f"{m[2]}.wav", m[1], None, "") for m in found if m]
 
 
-def wer(records: list[Record], texts: dict[str, str]) -> str:
-    rate = score({record.key: record.txt for record in records}, texts, normalizer("english")).words.rate
+def wer(records: list[Record], texts: Sequence[str]) -> str:
+    hypotheses = {record.key: text for record, text in zip(records, texts, strict=True)}
+    rate = score({record.key: record.txt for record in records}, hypotheses, normalizer("english")).words.rate
     return f"{100 * rate:.1f}"
+
+
+def decoders(beams: Sequence[int], weights: Sequence[float], chosen: Sequence[str]) -> dict[str, dict]:
+    """Rows of the table: DecodeArguments' fields by name."""
+    rows = {"ctc": {"decoder": "ctc"}}
+    for weight in (None, *weights):
+        for count in beams:
+            name = "llm" if weight is None else f"joint {weight:g}"
+            search = {"decoder": "llm"} if weight is None else {"decoder": "joint", "joint_weight": weight}
+            rows[f"{name}, {'greedy' if count == 1 else f'beam {count}'}"] = search | {"num_beams": count}
+    return {name: row for name, row in rows.items() if row["decoder"] in chosen}
+
+
+def accuracy(transcriber: Transcriber, name: str, sets: dict[str, list[Record]]) -> None:
+    cells, seconds, start = [], 0.0, time.monotonic()
+    for records in sets.values():
+        found = transcriber([record.wav for record in records])
+        seconds += sum(transcript.duration for transcript in found)
+        cells.append(wer(records, [transcript.text for transcript in found]))
+    print(f"| {name} | " + " | ".join(cells) + f" | {seconds / (time.monotonic() - start):.1f} |", flush=True)
+
+
+def invariance(transcriber: Transcriber, name: str, sets: dict[str, list[Record]], size: int) -> None:
+    """How many texts a clip's company changes, and whether that makes them worse."""
+    alone = Transcriber(transcriber.model, transcriber.prompt, replace(transcriber.args, batch_size=1))
+    together = Transcriber(transcriber.model, transcriber.prompt, replace(transcriber.args, batch_size=size))
+    cells = []
+    for records in sets.values():
+        one, many = ([found.text for found in t([record.wav for record in records])] for t in (alone, together))
+        changed = sum(a != b for a, b in zip(one, many, strict=True))
+        cells.append(f"{changed} of {len(records)}, WER {wer(records, one)} / {wer(records, many)}")
+    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", default=[str(ROOT / "demo" / "pretrained")])
     parser.add_argument("--joint_weight", type=float, nargs="*", default=[DecodeArguments.joint_weight])
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="1 is greedy")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device")
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--decoders", nargs="*", choices=["ctc", "llm", "joint"], default=["ctc", "llm", "joint"])
     parser.add_argument("--without_whisper", action="store_true", help="leave out the row of Whisper itself")
+    parser.add_argument("--invariance", action="store_true", help="batches of 1 against those of --batch_size instead")
     parser.add_argument("--sets", nargs="*", default=["dev", "test", "librivox"])
+    parser.add_argument("--clips", type=int, help="of each set only the first so many")
     args = parser.parse_args()
     data = ROOT / "demo" / "data"
     sets = {
@@ -53,40 +94,36 @@ def main() -> None:
         "test": list(read_manifest(data / "test.jsonl")),
         "librivox": librivox(),
     }
-    sets = {name: sets[name] for name in args.sets if sets[name]}
-    rows = {"ctc": {"decoder": "ctc"}, "llm, greedy": {"decoder": "llm", "num_beams": 1}}
-    rows["llm, beam 4"] = {"decoder": "llm", "num_beams": 4}
-    for weight in args.joint_weight:
-        for beams in (1, 4):
-            name = f"joint {weight:g}, {'greedy' if beams == 1 else f'beam {beams}'}"
-            rows[name] = {"decoder": "joint", "num_beams": beams, "joint_weight": weight}
-
-    rows = {name: options for name, options in rows.items() if options["decoder"] in args.decoders}
-    print("| decoder | " + " | ".join(f"{name} ({len(records)})" for name, records in sets.items()) + " | × real time |")
-    print("|---" * (len(sets) + 2) + "|")
+    sets = {name: sets[name][: args.clips] for name in args.sets if sets[name]}
+    last = [] if args.invariance else ["× real time"]
+    head = ["decoder", *(f"{name} ({len(records)})" for name, records in sets.items()), *last]
+    if args.invariance:
+        print(f"texts that differ between batches of 1 and {args.batch_size} in {args.dtype}, and the WER of both\n")
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     models = ModelArguments()
     use_shipped(models)
-    for checkpoint, (name, options) in product(args.checkpoint, rows.items()):
+    for checkpoint in args.checkpoint:
         models.checkpoint = checkpoint
-        transcriber = Transcriber.from_arguments(models, DecodeArguments(dtype=args.dtype, **options))
-        cells, seconds, start = [], 0.0, time.monotonic()
-        for records in sets.values():
-            outcomes = list(recognize(transcriber, records, 16))
-            seconds += sum(outcome.duration for outcome in outcomes)
-            cells.append(wer(records, {outcome.key: outcome.text for outcome in outcomes}))
-        name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"
-        print(f"| {name} | " + " | ".join(cells) + f" | {seconds / (time.monotonic() - start):.1f} |", flush=True)
-    if args.without_whisper:
+        options = DecodeArguments(dtype=args.dtype, device=args.device, batch_size=args.batch_size)
+        loaded = Transcriber.from_arguments(models, options)
+        for name, row in decoders(args.beams, args.joint_weight, args.decoders).items():
+            name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"
+            transcriber = Transcriber(loaded.model, loaded.prompt, replace(options, **row))
+            if args.invariance:
+                invariance(transcriber, name, sets, args.batch_size)
+            else:
+                accuracy(transcriber, name, sets)
+    if args.without_whisper or args.invariance:
         return
 
     teacher = whisper.load_model(models.whisper_model_name_or_path, device="cpu")
     cells, seconds, start = [], 0.0, time.monotonic()
     for records in sets.values():
-        texts = {}
+        texts = []
         for record in records:
             audio, _ = load_audio(*record.part)
             seconds += len(audio) / 16000
-            texts[record.key] = teacher.transcribe(audio, language="en", fp16=False, beam_size=5)["text"]
+            texts.append(teacher.transcribe(audio, language="en", fp16=False, beam_size=5)["text"])
         cells.append(wer(records, texts))
     print("| Whisper tiny.en, beam 5 | " + " | ".join(cells) + f" | {seconds / (time.monotonic() - start):.1f} |")
 

@@ -462,7 +462,8 @@ def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams)
     joint = transcriber(tokens, decoder="joint", num_beams=num_beams, joint_weight=weight)
     batch = batch_of(tokens, clips, ["", ""])
     ids = torch.tensor([tokens.prompt.ids] * 2)
-    options = joint.search | {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    options = {"joint_weight": weight, "spelling": joint.spelling, "num_beams": 3, "length_penalty": 0.0}
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     out = tokens.model.generate(
         ids, torch.ones_like(ids), batch["mel"], batch["mel_length"], torch.tensor([12, 9]), **options
     )

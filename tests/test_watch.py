@@ -18,6 +18,7 @@ import train
 import watch
 from dataset import SpeechDataset
 from manifest import read_manifest
+from model import LogLikelihood
 from recognize import DecodeArguments, Hypothesis, Transcriber
 from settings import InputError
 
@@ -311,9 +312,10 @@ def test_a_text_has_ended_if_its_end_of_turn_came_before_the_limit(tiny, monkeyp
     end, a = system.prompt.end_of_turn, system.prompt.tokenizer("a").input_ids[0]
     rows = torch.tensor([[a, end, end, end], [a, a, a, end], [a, a, end, end]])
     monkeypatch.setattr(system.model, "generate", lambda **_: rows)
+    monkeypatch.setattr(LogLikelihood, "of", lambda *_: -1.0)  # of a search that has not been
     transcriber = Transcriber(system.model, system.prompt, DecodeArguments(max_new_tokens=3))
     found = transcriber.hypotheses([audio(1.0, i) for i in range(3)])
-    assert found == [Hypothesis("a", True), Hypothesis("aaa", False), Hypothesis("aa", True)]
+    assert [(h.text, h.ended) for h in found] == [("a", True), ("aaa", False), ("aa", True)]
 
 
 def test_of_a_part_of_a_file_only_the_part_is_decoded(tiny, tmp_path, monkeypatch):
