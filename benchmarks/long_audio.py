@@ -79,8 +79,8 @@ def main() -> None:
 
         once = list({record.key: record for record in used}.values())
         start = time.monotonic()
-        outcomes = recognize(transcriber, once, args.batch_size)
-        speed = sum(outcome.seconds for outcome in outcomes) / (time.monotonic() - start)
+        outcomes = list(recognize(transcriber, once, args.batch_size))
+        speed = sum(outcome.duration for outcome in outcomes) / (time.monotonic() - start)
         texts = {outcome.key: outcome.text for outcome in outcomes}
         rate = 100 * errors([(record.txt, texts[record.key]) for record in used]).rate
         joined = 100 * errors([(words, " ".join(texts[record.key] for record in used))]).rate
@@ -92,7 +92,7 @@ def main() -> None:
                 lengths = [len(piece.audio) / SAMPLE_RATE for piece in longform.Pieces(path, vad=vad)]
                 start = time.monotonic()
                 (outcome,) = recognize(transcriber, [Record("long", path, words, None, "")], args.batch_size)
-                speed = outcome.seconds / (time.monotonic() - start)
+                speed = outcome.duration / (time.monotonic() - start)
                 long = 100 * errors([(words, outcome.text)]).rate
                 spread = f"{len(lengths)}: {min(lengths):.1f} to {max(lengths):.1f}, mean {np.mean(lengths):.1f}"
                 print(f"| one file, --vad {vad}, {target:g} s | {spread} | – | {long:.2f} | {speed:.1f} |", flush=True)
