@@ -43,7 +43,7 @@ import soxr
 RATE = 16000
 LONGEST = 29.0  # seconds; Whisper's encoder takes 30
 DEV_CLIPS = 150
-ROUND = 1024  # clips whose sounds a GPU makes together
+ROUND = {"dev": 192, "train": 2048}  # clips whose sounds a GPU makes together
 WORDNET = Path("/usr/share/wordnet")
 FLITE = {"train": ("slt", "rms", "awb", "kal16"), "dev": ("slt", "rms")}
 ESPEAK_ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
@@ -405,11 +405,12 @@ def clips_by_gpu(pool: ProcessPoolExecutor, first: int, part: str, speech: Speec
     decoder = kokoro_graph.Decoder(device)
     ask, make = partial(prosody_of, part=part, speech=speech), partial(make_clip, part=part, speech=speech)
     asked: deque = deque()
-    starts = count(first, ROUND)
+    size = ROUND[part]
+    starts = count(first, size)
 
     def ask_more() -> None:
         start = next(starts)
-        asked.append((start, [pool.submit(ask, index) for index in range(start, start + ROUND)]))
+        asked.append((start, [pool.submit(ask, index) for index in range(start, start + size)]))
 
     ask_more()
     try:
