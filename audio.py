@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES, SAMPLE_RATE
 
 from settings import InputError
 
-BLOCK = 4096  # frames read at a time from a corrupt file
+BLOCK = 1 << 16  # frames read at a time
 ROUNDING = 0.01  # seconds that the end of a part may lie behind its file's, since times are often written so
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
 OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
@@ -44,73 +45,108 @@ def truncation(libsndfile_log: str) -> str:
     return "truncated: its header promises more than the file holds" if truncated else ""
 
 
-def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, str]:
-    """Read any audio file, or its part from `start` to `end` (seconds), as float32 mono at 16 kHz (samples,), and what is
-    wrong with it ("" if nothing).
+class AudioStream:
+    """An audio file of any length, or its part from `start` to `end` (seconds), block by block: float32 mono at 16 kHz
+    (samples,).
 
-    A truncated or corrupt file yields what stands before the damage, a part that goes on behind the file's end what is
-    there of it; damage behind a part is no problem of the part. wav, flac, ogg, opus and mp3 are read by libsndfile, which
-    seeks, the rest by the `ffmpeg` program where it is installed. Raises InputError when nothing can be read, or when
-    samples are NaN or infinite.
+    wav, flac, ogg, opus and mp3 are read by libsndfile, the rest by the `ffmpeg` program where it is installed; both seek. A
+    truncated or corrupt file yields what stands before the damage, a part that goes on behind the file's end what is there
+    of it; damage behind a part is no problem of the part. Once iterated, `problem` says what is wrong ("" if nothing), and
+    `samples` how many there were. Iterating raises InputError when nothing can be read, or at the first block with NaN or
+    infinite samples.
     """
-    path = Path(path)
-    check_file(path)
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, problem = file.samplerate, truncation(file.extra_info)
-            first, last = round((start or 0) * rate), None if end is None else round(end * rate)
-            if file.frames < UNKNOWN_FRAMES:
+
+    def __init__(self, path: str | Path, start: float | None = None, end: float | None = None) -> None:
+        self.path, self.start, self.end = Path(path), start or 0.0, math.inf if end is None else end
+        self.problem, self.samples = "", 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        check_file(self.path)
+        self.samples = 0
+        for block in self._blocks():
+            if not np.isfinite(block).all():
+                raise InputError(f"{self.path}: has NaN or infinite samples")
+            self.samples += len(block)
+            yield block
+        lacking = self.end - self.start - self.samples / SAMPLE_RATE
+        if lacking <= ROUNDING:
+            self.problem = ""
+        elif self.end < math.inf:
+            self.problem = self.problem or f"ends {lacking:.2f} s before its part does, at {self.end:g} s"
+        elif self.start and not self.samples:
+            self.problem = self.problem or f"ends before its part begins, at {self.start:g} s"
+        if self.problem and not self.samples:
+            raise InputError(f"{self.path}: {self.problem}")
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        try:
+            with soundfile.SoundFile(self.path) as file:
+                rate, frames, self.problem = file.samplerate, file.frames, truncation(file.extra_info)
+        except soundfile.LibsndfileError as error:
+            yield from self._ffmpeg(error.error_string)
+            return
+        blocks = self._libsndfile(rate, frames)
+        if rate == SAMPLE_RATE:
+            yield from blocks
+            return
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, num_channels=1)
+        for block in blocks:
+            yield resampler.resample_chunk(block)
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+    def _libsndfile(self, rate: int, frames: int) -> Iterator[np.ndarray]:
+        done, last = min(round(self.start * rate), frames), round(min(self.end * rate, UNKNOWN_FRAMES))
+        size, why = BLOCK, ""
+        while size:
+            with _InOrder(self.path) as file:
                 try:
-                    if first:
-                        file.seek(min(first, file.frames))
-                    audio = file.read(-1 if last is None else last - first, "float32", always_2d=True).mean(1)
-                except soundfile.LibsndfileError as error:
-                    audio = _in_blocks(path)
-                    problem = f"corrupt after {len(audio) / rate:.2f} s ({error.error_string})"
-                    audio = audio[first:last]
-            else:
-                audio = _in_blocks(path)[first:last]
-    except soundfile.LibsndfileError as error:
-        rate, (audio, problem) = SAMPLE_RATE, _ffmpeg(path, error.error_string, start, end)
-    if end is not None:
-        lacking = end - (start or 0) - len(audio) / rate
-        problem = (problem or f"ends {lacking:.2f} s before its part does, at {end:g} s") if lacking > ROUNDING else ""
-    elif start and not len(audio):
-        problem = problem or f"ends before its part begins, at {start:g} s"
-    if problem and not len(audio):
-        raise InputError(f"{path}: {problem}")
-    if not np.isfinite(audio).all():
-        raise InputError(f"{path}: has NaN or infinite samples")
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE)
-    return audio, problem
+                    file.seek(done)
+                    while done < last:
+                        block = file.read(min(size, last - done), "float32", always_2d=True).mean(1)
+                        if not len(block):
+                            return
+                        yield block
+                        done += len(block)
+                    return
+                except soundfile.LibsndfileError as error:  # the damage, or the end of a file whose length is unknown
+                    why = why or error.error_string
+            size //= 2  # it lies within the next block: come closer
+        if frames < UNKNOWN_FRAMES:
+            self.problem = f"corrupt after {done / rate:.2f} s ({why})"
+
+    def _ffmpeg(self, why: str) -> Iterator[np.ndarray]:
+        if not shutil.which("ffmpeg"):
+            neither = f"not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more"
+            raise InputError(f"{self.path}: {neither}")
+        command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe"]
+        command += ["-ss", f"{self.start:f}"] if self.start else []
+        command += ["-t", f"{self.end - self.start:f}"] if self.end < math.inf else []
+        command += ["-i", f"file:{self.path.resolve()}", "-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
+        with TemporaryFile() as complaints, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as ffmpeg:
+            try:
+                while samples := ffmpeg.stdout.read(BLOCK * np.dtype(np.float32).itemsize):
+                    yield np.frombuffer(samples, np.float32)
+                ffmpeg.wait()
+            finally:
+                ffmpeg.kill()  # where the reader stopped before the end
+            complaints.seek(0)
+            complaint = complaints.readline().decode("utf-8", "replace").strip()
+        if not self.samples and (ffmpeg.returncode or not self.start):
+            raise InputError(f"{self.path}: not audio that libsndfile or ffmpeg reads ({why})")
+        self.problem = f"corrupt ({complaint})" if ffmpeg.returncode else ""
 
 
-def _in_blocks(path: Path) -> np.ndarray:
-    """A file whose length is unknown, or that is corrupt: soundfile seeks between blocks, which would garble mp3."""
-    blocks, done, size = [np.zeros(0, np.float32)], 0, BLOCK
-    while size:
-        with soundfile.SoundFile(path) as file, suppress(soundfile.LibsndfileError):
-            file.seek(done)
-            while len(block := file.read(size, dtype="float32", always_2d=True).mean(1)):
-                blocks.append(block)
-                done += len(block)
-        size //= 2  # the end or the damage lies within the next block: come closer
-    return np.concatenate(blocks)
+class _InOrder(soundfile.SoundFile):
+    """soundfile seeks to where it is after each block, which garbles mp3, unless the file says that it cannot."""
+
+    def seekable(self) -> bool:
+        return False
 
 
-def _ffmpeg(path: Path, why: str, start: float | None, end: float | None) -> tuple[np.ndarray, str]:
-    if not shutil.which("ffmpeg"):
-        raise InputError(f"{path}: not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more")
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe"]
-    command += ["-ss", f"{start:f}"] if start else []
-    command += ["-t", f"{end - (start or 0):f}"] if end is not None else []
-    command += ["-i", f"file:{path.resolve()}", "-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
-    done = subprocess.run(command, capture_output=True)
-    if not done.stdout and not (start and not done.returncode):
-        raise InputError(f"{path}: not audio that libsndfile or ffmpeg reads ({why})")
-    complaint = done.stderr.decode("utf-8", "replace").strip().splitlines() if done.returncode else []
-    return np.frombuffer(done.stdout, np.float32).copy(), f"corrupt ({complaint[0]})" if complaint else ""
+def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, str]:
+    """The whole of an AudioStream (samples,), and its problem."""
+    stream = AudioStream(path, start, end)
+    return np.concatenate([np.zeros(0, np.float32), *stream]), stream.problem
 
 
 def count_samples(path: Path, start: float | None = None) -> int:
@@ -130,10 +166,11 @@ def _count_samples(path: Path) -> int:
             return math.ceil(frames * SAMPLE_RATE / rate)
     except soundfile.LibsndfileError:
         pass
-    audio, problem = load_audio(path)
-    if problem:
-        raise InputError(f"{path}: {problem}: mend the file or remove the line")
-    return len(audio)
+    stream = AudioStream(path)
+    count = sum(map(len, stream))
+    if stream.problem:
+        raise InputError(f"{path}: {stream.problem}: mend the file or remove the line")
+    return count
 
 
 class SpeechLengths(NamedTuple):

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
-from audio import load_audio, log_mel, speech_vectors
+from audio import log_mel, speech_vectors
 from ctc import greedy_path
 from dataset import SpeechCollator
+from longform import DETECTORS, Pieces
 from manifest import Manifest, Record, read_manifest
 from model import SpeechLLM, build_model
 from prompt import Prompt, load_tokenizer
@@ -37,7 +38,6 @@ from settings import InputError, ModelArguments, first_line, one_line_errors, pa
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
 SPARE_TOKENS = 8
-PAUSE_WINDOW = SAMPLE_RATE // 5  # a cut falls on the quietest 0.2 s
 
 
 @dataclass
@@ -58,6 +58,9 @@ class DecodeArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the frozen weights; auto is bfloat16 on a GPU, float32 elsewhere."}
     )
+    vad: Literal["energy", "silero", "none"] = field(
+        default="energy", metadata={"help": "What finds the pauses of audio longer than 30 s; none: the quietest places."}
+    )
 
 
 class Hypothesis(NamedTuple):
@@ -71,6 +74,7 @@ class Transcriber:
     def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
+        DETECTORS[args.vad]()  # a missing package is told before the first file
         self.device = next(model.parameters()).device
         auto = "llm" if not model.ctc else "joint" if model.settings["llm_reads"] else "ctc"
         self.decoder = auto if args.decoder == "auto" else args.decoder
@@ -116,7 +120,7 @@ class Transcriber:
             raise InputError("clips must be a list of float arrays (samples,) at 16 kHz, as load_audio gives them")
         wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
         if wrong:
-            raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: cut_at_pauses helps")
+            raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
         n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
         ids = torch.tensor(self.prompt.ids)
         batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
@@ -139,18 +143,6 @@ class Transcriber:
         length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
         text = self.prompt.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return " ".join(text.split())
-
-
-def cut_at_pauses(audio: np.ndarray, longest: int = N_SAMPLES) -> list[np.ndarray]:
-    """Pieces of at most `longest` samples, cut at the quietest place in the second half of each; joined they are `audio`."""
-    pieces = []
-    while len(audio) > longest:
-        energy = np.square(audio[longest // 2 : longest], dtype=np.float64).cumsum()
-        window = energy[PAUSE_WINDOW:] - energy[:-PAUSE_WINDOW]
-        cut = longest // 2 + int(window.argmin()) + PAUSE_WINDOW // 2
-        pieces.append(audio[:cut])
-        audio = audio[cut:]
-    return [*pieces, audio]
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -192,14 +184,16 @@ class Outcome(NamedTuple):
 
 def read_clip(transcriber: Transcriber, record: Record) -> tuple[list[np.ndarray], str, float]:
     """(pieces that can be decoded, what is wrong, seconds) of a record; never raises for a bad file."""
+    stream = Pieces(*record.part, vad=transcriber.args.vad)
     try:
-        audio, problem = load_audio(*record.part)
+        clips = [piece.audio for piece in stream]
     except InputError as error:
         return [], str(error), 0.0
-    pieces = [piece for piece in cut_at_pauses(audio) if transcriber.usable(piece)]
-    if not pieces:
-        problem = problem or ("shorter than one projector window" if len(audio) else "has no samples")
-    return pieces, f"{record.wav}: {problem}" if problem else "", len(audio) / SAMPLE_RATE
+    usable = [clip for clip in clips if transcriber.usable(clip)]
+    problem = stream.problem
+    if not usable and (clips or not stream.seconds):  # else there is nothing but silence
+        problem = problem or ("shorter than one projector window" if clips else "has no samples")
+    return usable, f"{record.wav}: {problem}" if problem else "", stream.seconds
 
 
 def recognize(transcriber: Transcriber, records: Sequence[Record], batch_size: int) -> list[Outcome]:

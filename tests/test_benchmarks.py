@@ -71,3 +71,16 @@ def test_the_published_shape_is_padded_to_512_positions(real):
     text = row.data.tokenizer.decode(example["labels"][example["labels"] != -100])
     assert "activated" in text
     assert torch.equal(example["attention_mask"][300:], example["labels"][300:] != -100)
+
+
+def test_long_audio_prints_the_wer_of_one_file_beside_that_of_its_parts(real):
+    """Real prompts and models: the one file is heard in pieces of 1 to 30 s, and not worse than its parts by a point."""
+    done = run_script(
+        *(sys.executable, "benchmarks/long_audio.py", "--minutes", "0.6", "--decoder", "ctc", "--num_beams", "1")
+    )
+    assert done.returncode == 0, done.stderr
+    parts, one = cells(done.stdout, "row").values()
+    assert 5 < float(parts[1]) < 60
+    assert float(one[2]) <= float(parts[1]) + 1
+    assert re.fullmatch(r"\d+: \d+\.\d to (\d|[12]\d)\.\d, mean \d+\.\d", one[0])
+    assert re.search(r"^peak memory \d\.\d\d GB$", done.stdout, re.MULTILINE)

@@ -11,7 +11,8 @@ from conftest import RATE, audio, build_system, run_script, write_clip, write_ma
 from test_dataset import bad_audio
 
 import recognize
-from recognize import DecodeArguments, Transcriber, cut_at_pauses
+from longform import cut
+from recognize import DecodeArguments, Transcriber
 from settings import InputError, ModelArguments
 
 
@@ -148,25 +149,21 @@ def test_failed_clips_are_tried_again_by_the_next_run(tiny, trained, tmp_path, m
     assert lines(tmp_path / "r.txt") == ["a 1.0", "b 1.0"]
 
 
-def test_long_audio_is_cut_at_its_pauses():
-    """Thirty-five seconds of noise with a pause at 22 s: two pieces, cut there, nothing lost."""
-    sound = audio(35)
-    sound[22 * RATE : int(22.5 * RATE)] = 0
-    pieces = cut_at_pauses(sound)
-    assert [round(len(piece) / RATE) for piece in pieces] == [22, 13]
-    assert np.array_equal(np.concatenate(pieces), sound)
-    assert all(len(piece) <= 30 * RATE for piece in cut_at_pauses(audio(95)))
-    assert len(cut_at_pauses(audio(30))) == 1
-
-
 def test_a_long_file_is_decoded_in_pieces_and_joined(trained, tmp_path):
     write_clip(tmp_path / "long.wav", 65)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "long", "wav": "long.wav"}])
     assert recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=2, max_new_tokens=5)) == 0
     transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu", max_new_tokens=5)
-    pieces = cut_at_pauses(soundfile.read(tmp_path / "long.wav", dtype="float32")[0])
+    pieces = [piece.audio for piece in cut([soundfile.read(tmp_path / "long.wav", dtype="float32")[0]])]
     assert len(pieces) >= 3
     assert lines(tmp_path / "r.txt") == ["long " + " ".join(filter(None, transcriber.transcribe(pieces)))]
+
+
+def test_a_long_file_of_nothing_but_silence_has_an_empty_text_and_no_problem(trained, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(65 * RATE, np.float32), RATE)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": "silence.wav"}])
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt")) == 0
+    assert lines(tmp_path / "r.txt") == ["a "]
 
 
 def test_a_hypothesis_is_one_line(trained):
