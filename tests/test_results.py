@@ -14,7 +14,7 @@ from manifest import Record
 from recognize import Transcriber
 from results import Outcome
 from settings import InputError
-from transcript import Hypothesis, Transcript, Word, joined
+from transcript import Hypothesis, Word, joined
 
 
 def hypothesis(text, score=-2.0, **more):
@@ -48,7 +48,8 @@ def test_pieces_are_joined():
     assert [(word.text, word.start, word.end) for word in second.words] == [("a", 20.1, 20.2)]
     assert whole.nbest[0] == ("a b", -3.5)
     assert [score for _, score in whole.nbest] == sorted((score for _, score in whole.nbest), reverse=True)
-    assert joined([], 0.0, "no such file") == Transcript("", 0, [], None, [], [], 0.0, "no such file")
+    nothing = joined([], 0.0, "no such file")
+    assert (nothing.text, nothing.nbest, nothing.words, nothing.segments, nothing.tokens) == ("", [], None, [], 0)
     assert joined([(0.0, 1.0, Hypothesis("x")), (1.0, 1.0, Hypothesis("y"))], 2.0).nbest == [("x y", 0.0)]
 
 
