@@ -244,17 +244,19 @@ class CTCPrefixScore(LogitsProcessor):
         usable = F.pad(self.usable, (0, scores.shape[-1] - len(self.usable)))  # an output layer may be padded
         first = self._next_class(rows, last, token, blank) - total[:, None]  # (R, V)
         bound = scores + self.weight * F.pad(first[:, self.spelling[:, 0].clamp(min=0)], (0, len(usable) - len(self.usable)))
-        best = bound.masked_fill(~usable, -torch.inf).topk(self.candidates).indices  # (R, K)
+        bounds, best = bound.masked_fill(~usable, -torch.inf).topk(self.candidates)  # (R, K)
         K = best.shape[1]
         state = (x.repeat_interleave(K, 0) for x in (last, token, blank))
-        self.states = self._extend(rows.repeat_interleave(K), *state, self.spelling[best.flatten()])  # (R * K, …)
+        spelling = self.spelling[best.flatten().clamp(max=len(self.spelling) - 1)]  # (R * K, P)
+        self.states = self._extend(rows.repeat_interleave(K), *state, spelling)  # (R * K, …)
         extended = [(b, (*ids, id)) for (b, ids), row in zip(prefixes, best.tolist(), strict=True) for id in row]
         self.place = {prefix: i for i, prefix in enumerate(extended)}
 
         gain = (self.states[-1].view(R, K) - total[:, None]).clamp(min=NEVER)
         ended = torch.logaddexp(token[:, -1], blank[:, -1]) - total  # (R,)
         voted = torch.full_like(scores, -torch.inf)
-        voted.scatter_(1, best, scores.gather(1, best) + (self.weight * gain).to(scores.dtype))
+        both = scores.gather(1, best) + (self.weight * gain).to(scores.dtype)
+        voted.scatter_(1, best, both.masked_fill(bounds.isneginf(), -torch.inf))
         voted[:, self.ends] = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)
         return voted.to(device)
 

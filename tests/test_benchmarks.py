@@ -10,6 +10,7 @@ from conftest import DATA, RATE, ROOT, run_script
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import decoders
 import train_throughput
 
 
@@ -84,3 +85,20 @@ def test_long_audio_prints_the_wer_of_one_file_beside_that_of_its_parts(real):
     assert float(one[2]) <= float(parts[1]) + 1
     assert re.fullmatch(r"\d+: \d+\.\d to (\d|[12]\d)\.\d, mean \d+\.\d", one[0])
     assert re.search(r"^peak memory \d\.\d\d GB$", done.stdout, re.MULTILINE)
+
+
+def test_decoders_prints_a_row_for_every_beam_and_what_a_batch_changes(real, monkeypatch, capsys):
+    """Greedy is a beam of one; the CTC alone has none. In float32 no text depends on its batch."""
+    rows = decoders.decoders([1, 3], [0.8], ["llm", "joint"])
+    assert list(rows) == ["llm, greedy", "llm, beam 3", "joint 0.8, greedy", "joint 0.8, beam 3"]
+    assert rows["joint 0.8, beam 3"] == {"decoder": "joint", "joint_weight": 0.8, "num_beams": 3}
+    argv = ["decoders.py", "--sets", "test", "--clips", "2", "--decoders", "ctc", "--device", "cpu", "--without_whisper"]
+    monkeypatch.setattr(sys, "argv", argv)
+    decoders.main()
+    table = cells(capsys.readouterr().out, "decoder | test (2)")
+    wer, _ = table["ctc"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--invariance", "--batch_size", "2"])
+    decoders.main()
+    said = capsys.readouterr().out
+    assert "batches of 1 and 2 in float32" in said
+    assert f"| ctc | 0 of 2, WER {wer} / {wer} |" in said
