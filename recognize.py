@@ -36,6 +36,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 from audio import load_audio, log_mel, samples_of, speech_vectors, vector_seconds
 from ctc import greedy_path, log_likelihood
 from dataset import SpeechCollator
+from guard import guarded
 from manifest import Manifest, Record, read_manifest
 from model import LogLikelihood, Sample, SpeechLLM, build_model
 from prompt import Prompt, load_tokenizer
@@ -71,6 +72,7 @@ class DecodeArguments:
         default=0.0, metadata={"help": "Above 0: sample instead of searching, by a seed that the clip's samples give."}
     )
     batch_size: int = field(default=8, metadata={"help": "Clips decoded together."})
+    guard: Literal["on", "off"] = field(default="on", metadata={"help": "Against loops, refusals and text on silence."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, mps, cpu; the first that is there."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -327,7 +329,7 @@ def out_of_memory(error: BaseException) -> bool:
 def decode(transcriber: Transcriber, clips: Sequence[np.ndarray]) -> list[Hypothesis | InputError]:
     """Transcribe a batch; out of memory, its halves; a clip that does not fit alone yields an InputError in its place."""
     try:
-        return transcriber.hypotheses(clips)
+        return guarded(transcriber, clips) if transcriber.args.guard == "on" else transcriber.hypotheses(clips)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
