@@ -36,12 +36,6 @@ class Clip(NamedTuple):
     txt: str
 
 
-class Told(NamedTuple):
-    key: str
-    text: str
-    unguarded: str | None
-
-
 def gain(decibels: float) -> float:
     return 10 ** (decibels / 20)
 
@@ -153,21 +147,17 @@ def sets(dev: bool, count: int) -> tuple[dict[str, list[Clip]], dict[str, list[C
     return speech, {make.__name__: sounds(make, seed, count) for make in SOUNDS} | {"joined": joined(prompts, seed, count)}
 
 
-def told(transcriber: Transcriber, clips: list[Clip], verbose: bool) -> list[Told]:
-    outcomes = []
+def both(transcriber: Transcriber, clips: list[Clip], verbose: bool) -> tuple[Score, Score]:
+    """Scores with and without the guard."""
+    found = {}
     clips = sorted(clips, key=lambda clip: len(clip.audio))
     for start in range(0, len(clips), 8):
         batch = clips[start : start + 8]
-        for clip, found in zip(batch, guarded(transcriber, [c.audio.astype(np.float32) for c in batch]), strict=True):
-            outcomes.append(Told(clip.key, found.text, found.unguarded))
-            if verbose and found.flags:
-                print(f"  {clip.key} {found.flags}: {found.unguarded!r} → {found.text!r} ({clip.txt!r})", file=sys.stderr)
-    return outcomes
-
-
-def both(transcriber: Transcriber, clips: list[Clip], verbose: bool) -> tuple[Score, Score]:
-    references = {clip.key: clip.txt for clip in clips}
-    return with_and_without(told(transcriber, clips, verbose), references, "english")
+        for clip, one in zip(batch, guarded(transcriber, [c.audio.astype(np.float32) for c in batch]), strict=True):
+            found[clip.key] = one
+            if verbose and one.flags:
+                print(f"  {clip.key} {one.flags}: {one.unguarded!r} → {one.text!r} ({clip.txt!r})", file=sys.stderr)
+    return with_and_without(found, {clip.key: clip.txt for clip in clips}, "english")
 
 
 def main() -> None:
