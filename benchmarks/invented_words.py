@@ -1,7 +1,7 @@
 """What the guard of guard.py takes away and what it costs, with the checkpoint that comes along.
 
-    python benchmarks/guard.py                # the demo's test split, and what is made with seed 1
-    python benchmarks/guard.py --dev          # what the thresholds were chosen on: dev, and what is made with seed 0
+    python benchmarks/invented_words.py          # the demo's test split, and what is made with seed 1
+    python benchmarks/invented_words.py --dev    # what the thresholds were chosen on: dev, and what is made with seed 0
 
 Of each decoder, without and with the guard (one decoding serves both: what the guard replaced is kept), float32:
 WER (score.py, Whisper's English normalizer) on the prompts, on some of them at −50 dB and under pink noise as loud as they
@@ -46,9 +46,10 @@ def rms(audio: np.ndarray) -> float:
 
 def coloured(rng: np.random.Generator, samples: int, slope: int) -> np.ndarray:
     """Noise of RMS 1 whose power falls as frequency to the power of `slope`: 0 white, 1 pink, 2 brown."""
-    spectrum = rng.standard_normal((2, samples // 2 + 1)).T @ [1, 1j]
-    frequency = np.fft.rfftfreq(samples, 1 / RATE).clip(min=20)
-    noise = np.fft.irfft(spectrum * frequency ** (-slope / 2), samples)
+    length = 2 ** samples.bit_length()  # a transform of a prime length is slow
+    spectrum = rng.standard_normal((2, length // 2 + 1)).T @ [1, 1j]
+    frequency = np.fft.rfftfreq(length, 1 / RATE).clip(min=20)
+    noise = np.fft.irfft(spectrum * frequency ** (-slope / 2))[:samples]
     return noise / rms(noise)
 
 
