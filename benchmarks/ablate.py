@@ -161,7 +161,8 @@ class Clock(TrainerCallback):
         model.eval()
         model.splice = counting
         dev = self.dev if decoder == "ctc" else list(self.dev)[::2]  # with the LLM it takes a minute
-        outcomes = recognize(Transcriber(model, dataset.prompt, DecodeArguments(decoder=decoder, num_beams=1)), dev, 16)
+        options = DecodeArguments(decoder=decoder, num_beams=1, guard="off")
+        outcomes = recognize(Transcriber(model, dataset.prompt, options), dev, 16)
         model.splice = splice
         model.train()
         spoken, written = {r.key: r.txt for r in dev}, {o.key: o.text for o in outcomes}
