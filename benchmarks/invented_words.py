@@ -5,8 +5,8 @@
 
 Of each decoder, without and with the guard (one decoding serves both: what the guard replaced is kept), float32:
 WER (score.py, Whisper's English normalizer) on the prompts, on some of them at −50 dB and under pink noise as loud as they
-are less 5 dB; and invented words (score.py's insertions) in those of these prompts whose first text was a loop, and on sounds
-without speech. dev is every fourth of the demo's training prompts.
+are less 5 dB; and invented words (score.py's insertions) in those prompts whose first text was a loop, and on sounds without
+speech. dev is every fourth of the demo's training prompts.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from settings import ModelArguments
 from transcript import Hypothesis, joined
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from invented_words import SOUNDS, coloured, rms, sounds
+from invented_words import SOUNDS, coloured, loops, rms, sounds
 
 SPEECH = load_audio(DATA / "clips" / "agent-user.opus")[0]  # 4.9 s: agent login please enter your agent number followed …
 
@@ -196,6 +196,20 @@ def test_wer_with_and_without():
     kept, first = with_and_without(found, {"long": "a b", "short": "c d"})
     assert (kept.words.errors, first.words.errors) == (1, 4)
     assert kept.words.reference_length == first.words.reference_length == 4
+
+
+def test_the_benchmark_counts_what_was_invented_in_loops():
+    found = {"a": Hypothesis("go", unguarded="go " * 6), "b": Hypothesis("no no"), "c": Hypothesis("x", unguarded="y " * 5)}
+    assert loops(*with_and_without(found, {"a": "go", "b": "no", "c": "x y"})) == [0, 5 + 3]
+    assert loops(*with_and_without({"b": Hypothesis("no")}, {"b": "no"})) == [0, 0]
+
+
+def test_the_benchmark_makes_sounds_of_1_to_20_s_by_seed():
+    for make in SOUNDS:
+        (one,), (again,) = sounds(make, 3, 1), sounds(make, 3, 1)
+        assert np.array_equal(one.audio, again.audio)
+        assert RATE <= len(one.audio) <= 20 * RATE
+        assert np.abs(one.audio).max() < 4
 
 
 @pytest.fixture(scope="module")
