@@ -55,7 +55,7 @@ def disagree(text: str, ctc_text: str) -> bool:
 def broken_rules(audio: np.ndarray, found: Hypothesis, bounded: bool = True) -> list[str]:
     """Which rules the text of a clip breaks; none for an empty one.
 
-    no_speech: the CTC hears no word, or the clip is silent or steady throughout, and yet there is text.
+    no_speech: the CTC hears no word, or, where there is none, the clip is silent or steady throughout.
     loop, refusal: as score.hallucination has them; what the CTC hears too is none.
     too_fast: more words than WORDS_PER_SECOND and SPARE_WORDS (a Chinese character is a word).
     cut_off: it ran into the limit of tokens that the duration sets (`bounded`).
@@ -63,7 +63,7 @@ def broken_rules(audio: np.ndarray, found: Hypothesis, bounded: bool = True) -> 
     """
     if not found.text:
         return []
-    if found.ctc_text == "" or steady(audio):
+    if steady(audio) if found.ctc_text is None else not found.ctc_text:
         return ["no_speech"]
     words = len(normalizer("chinese")(found.text).split())
     rules = {

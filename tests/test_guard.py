@@ -82,6 +82,7 @@ def test_silence_noise_and_tones_are_steady_and_have_no_text_without_a_ctc():
     for sound in (*silence, *noise, held):
         assert steady(sound)
     assert broken_rules(held, Hypothesis("thank you", True)) == ["no_speech"]
+    assert broken_rules(held, Hypothesis("thank you", True, ctc_text="thank you")) == []  # a CTC hears better
     assert not steady(np.zeros(10))  # shorter than one slice: nothing is known
 
 

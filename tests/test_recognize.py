@@ -15,6 +15,8 @@ from recognize import DecodeArguments, Transcriber, cut_at_pauses
 from settings import InputError, ModelArguments
 from transcript import Hypothesis
 
+UNGUARDED = SimpleNamespace(guard="off")
+
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
@@ -25,7 +27,7 @@ def trained(tiny, tmp_path_factory):
 
 def options(trained, manifest, result, **more):
     return ModelArguments(checkpoint=str(trained)), DecodeArguments(
-        data_path=str(manifest), result_path=str(result), num_beams=1, device="cpu", **more
+        data_path=str(manifest), result_path=str(result), num_beams=1, device="cpu", guard="off", **more
     )
 
 
@@ -174,7 +176,7 @@ def fake(limit: int):
         return [Hypothesis(f"text{len(clip)}") for clip in clips]
 
     calls: list[int] = []
-    return SimpleNamespace(hypotheses=hypotheses, calls=calls)
+    return SimpleNamespace(hypotheses=hypotheses, args=UNGUARDED, calls=calls)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_other_errors_are_bugs_and_stay_loud():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        recognize.decode(SimpleNamespace(hypotheses=broken), [np.zeros(9)])
+        recognize.decode(SimpleNamespace(hypotheses=broken, args=UNGUARDED), [np.zeros(9)])
 
 
 def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path, monkeypatch, capsys):
@@ -286,7 +288,9 @@ def test_a_mistake_leaves_one_line_on_stderr_and_exit_code_1():
 def test_files_on_the_command_line_are_recognized_onto_the_screen(tiny, trained, tmp_path, capsys, echo):
     """One line a file, in the order given; a bad one is reported and makes the exit code 1."""
     files = [str(tiny.root / "1.wav"), str(tmp_path / "no.wav"), str(tiny.root / "0.wav")]
-    assert recognize.main([*files, "--checkpoint", str(trained), "--batch_size", "2", "--device", "cpu"]) == 1
+    assert (
+        recognize.main([*files, "--checkpoint", str(trained), "--batch_size", "2", "--device", "cpu", "--guard", "off"]) == 1
+    )
     said = capsys.readouterr()
     assert said.out.splitlines() == [f"{files[0]} 1.7", f"{files[1]} ", f"{files[2]} 1.0"]
     assert f"{files[1]}: no such file" in said.err
