@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from recognize import Transcriber
 
 WORDS_PER_SECOND, SPARE_WORDS = 8, 2  # the fastest speakers say 7 words a second; a clip's edges cut pauses off
-DISAGREEMENT = 0.6  # edits between the text and the CTC's, a character of the longer one
+DISAGREEMENT, FEWEST_EDITS = 0.4, 3  # edits between the text and the CTC's, a letter of the longer; a short word has few
 SLICE = SAMPLE_RATE // 20  # 50 ms: shorter than a syllable
 BANDS, SWING = 16, 7.0  # of half a kilohertz each; dB: steady noise swings 5, speech as loud as the noise around it 9
 CAUTIOUS = {"num_beams": 4, "no_repeat_ngram_size": 5, "temperature": 0.0}
@@ -45,31 +45,32 @@ def steady(audio: np.ndarray) -> bool:
     return bool((high - low).max() < SWING)
 
 
-def disagreement(text: str, ctc_text: str) -> float:
-    """Edits from one to the other, a character of the longer: 0 the same, 1 nothing in common (basic normalisation)."""
+def disagree(text: str, ctc_text: str) -> bool:
+    """Whether the edits from one's letters to the other's (basic normalisation) are too many for the same speech."""
     ours, theirs = ("".join(normalizer("basic")(t).split()) for t in (text, ctc_text))
-    return Levenshtein.normalized_distance(ours, theirs)
+    edits = Levenshtein.distance(ours, theirs)
+    return edits >= FEWEST_EDITS and edits > DISAGREEMENT * max(len(ours), len(theirs))
 
 
 def broken_rules(audio: np.ndarray, found: Hypothesis, bounded: bool = True) -> list[str]:
     """Which rules the text of a clip breaks; none for an empty one.
 
-    no_speech: the CTC hears no word, or the clip is silent or steady throughout, and yet there is text.
+    no_speech: the CTC hears no word, or, where there is none, the clip is silent or steady throughout.
     loop, refusal: as score.hallucination has them; what the CTC hears too is none.
     too_fast: more words than WORDS_PER_SECOND and SPARE_WORDS (a Chinese character is a word).
     cut_off: it ran into the limit of tokens that the duration sets (`bounded`).
-    disagrees: more than DISAGREEMENT of its letters are not the CTC's.
+    disagrees: more than DISAGREEMENT of its letters, and at least FEWEST_EDITS, are not the CTC's.
     """
     if not found.text:
         return []
-    if found.ctc_text == "" or steady(audio):
+    if steady(audio) if found.ctc_text is None else not found.ctc_text:
         return ["no_speech"]
     words = len(normalizer("chinese")(found.text).split())
     rules = {
         hallucination(found.ctc_text or "", found.text): True,
         "too_fast": words > WORDS_PER_SECOND * len(audio) / SAMPLE_RATE + SPARE_WORDS,
         "cut_off": bounded and found.ended is False,
-        "disagrees": found.ctc_text is not None and disagreement(found.text, found.ctc_text) > DISAGREEMENT,
+        "disagrees": found.ctc_text is not None and disagree(found.text, found.ctc_text),
     }
     return [rule for rule, broken in rules.items() if rule and broken]
 

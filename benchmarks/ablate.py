@@ -161,8 +161,8 @@ class Clock(TrainerCallback):
         model.eval()
         model.splice = counting
         dev = self.dev if decoder == "ctc" else list(self.dev)[::2]  # with the LLM it takes a minute
-        transcriber = Transcriber(model, dataset.prompt, DecodeArguments(decoder=decoder, num_beams=1))
-        outcomes = list(recognize(transcriber, dev, 16))
+        options = DecodeArguments(decoder=decoder, num_beams=1, guard="off")
+        outcomes = list(recognize(Transcriber(model, dataset.prompt, options), dev, 16))
         model.splice = splice
         model.train()
         spoken, written = {r.key: r.txt for r in dev}, {o.key: o.text for o in outcomes}

@@ -104,7 +104,7 @@ def main() -> None:
     use_shipped(models)
     for checkpoint in args.checkpoint:
         models.checkpoint = checkpoint
-        options = DecodeArguments(dtype=args.dtype, device=args.device, batch_size=args.batch_size)
+        options = DecodeArguments(dtype=args.dtype, device=args.device, batch_size=args.batch_size, guard="off")
         loaded = Transcriber.from_arguments(models, options)
         for name, row in decoders(args.beams, args.joint_weight, args.decoders).items():
             name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"

@@ -5,8 +5,8 @@
 
 Of each decoder, without and with the guard (one decoding serves both: what the guard replaced is kept), float32:
 WER (score.py, Whisper's English normalizer) on the prompts, on some of them at −50 dB and under pink noise as loud as they
-are less 5 dB; and invented words (score.py's insertions) on sounds without speech, and on prompts joined to 10 to 20 s, on
-which the LLM alone loops. dev is every fourth of the demo's training prompts.
+are less 5 dB; and invented words (score.py's insertions) in those prompts whose first text was a loop, and on sounds without
+speech. dev is every fourth of the demo's training prompts.
 """
 
 import argparse
@@ -122,18 +122,6 @@ def sounds(make: Sound, seed: int, count: int) -> list[Clip]:
     return clips
 
 
-def joined(prompts: list[Clip], seed: int, count: int) -> list[Clip]:
-    """So many clips of prompts in a row, 10 to 20 s."""
-    rng, clips = np.random.default_rng(seed), []
-    for i in range(count):
-        parts: list[Clip] = []
-        while sum(len(part.audio) for part in parts) < 10 * RATE:
-            parts.append(prompts[rng.integers(len(prompts))])
-        audio = np.concatenate([part.audio for part in parts])
-        clips.append(Clip(f"joined{i}", audio, " ".join(part.txt for part in parts)))
-    return clips
-
-
 def sets(dev: bool, count: int) -> tuple[dict[str, list[Clip]], dict[str, list[Clip]]]:
     """Those measured by WER, and those by invented words."""
     data, seed = ROOT / "demo" / "data", 0 if dev else 1
@@ -145,7 +133,7 @@ def sets(dev: bool, count: int) -> tuple[dict[str, list[Clip]], dict[str, list[C
         clip._replace(audio=clip.audio + gain(-5) * rms(clip.audio) * coloured(rng, len(clip.audio), 1)) for clip in some
     ]
     speech = {"dev" if dev else "test": prompts, "quiet": quiet, "noisy": noisy}
-    return speech, {make.__name__: sounds(make, seed, count) for make in SOUNDS} | {"joined": joined(prompts, seed, count)}
+    return speech, {make.__name__: sounds(make, seed, count) for make in SOUNDS}
 
 
 def both(transcriber: Transcriber, clips: list[Clip], verbose: bool) -> tuple[Score, Score]:
@@ -159,6 +147,12 @@ def both(transcriber: Transcriber, clips: list[Clip], verbose: bool) -> tuple[Sc
             if verbose and one.flags:
                 print(f"  {clip.key} {one.flags}: {one.unguarded!r} → {one.text!r} ({clip.txt!r})", file=sys.stderr)
     return with_and_without(found, {clip.key: clip.txt for clip in clips}, "english")
+
+
+def loops(after: Score, before: Score) -> list[int]:
+    """Invented words in the texts that were loops without the guard: with it, without it."""
+    pairs = [pair for pair in zip(after.utterances, before.utterances, strict=True) if pair[1].hallucination == "loop"]
+    return [sum(utterance.words.insertions for utterance in side) for side in zip(*pairs, strict=True)] or [0, 0]
 
 
 def main() -> None:
@@ -179,20 +173,25 @@ def main() -> None:
     seconds = {name: sum(len(clip.audio) for clip in clips) / RATE for name, clips in (speech | sound).items()}
     print("without → with the guard: WER in %, then invented words")
     names = [f"{name} ({len(clips)}, {seconds[name]:.0f} s)" for name, clips in (speech | sound).items()]
-    print(f"| decoder, beams | {' | '.join(names)} | all sounds | removed |")
-    print("|---" * (len(seconds) + 3) + "|")
+    names.insert(len(speech), "loops")
+    print(f"| decoder, beams | {' | '.join(names)} | all | removed |")
+    print("|---" * (len(names) + 3) + "|")
     for row in args.decoders:
         decoder, *beams = row.split()
         options = DecodeArguments(dtype=args.dtype, decoder=decoder, num_beams=int(beams[0]) if beams else 1)
         transcriber = Transcriber(system.model, system.prompt, options)
-        cells = []
+        cells, invented = [], [[0, 0]]  # words: after, before
         for clips in speech.values():
-            after, before = (100 * result.words.rate for result in both(transcriber, clips, args.verbose))
+            scores = both(transcriber, clips, args.verbose)
+            after, before = (100 * result.words.rate for result in scores)
             cells.append(f"{before:.1f} → {after:.1f}")
-        invented = [[result.words.insertions for result in both(transcriber, c, args.verbose)] for c in sound.values()]
+            invented[0] = [sum(both) for both in zip(invented[0], loops(*scores), strict=True)]
+        for clips in sound.values():
+            invented.append([result.words.insertions for result in both(transcriber, clips, args.verbose)])
+        invented.append(list(np.sum(invented, axis=0)))
         cells += [f"{before} → {after}" for after, before in invented]
-        after, before = np.sum(invented, axis=0) if invented else (0, 0)
-        cells += [f"{before} → {after}", f"{100 * (before - after) / before:.0f} %" if before else "–"]
+        after, before = invented[-1]
+        cells.append(f"{100 * (before - after) / before:.0f} %" if before else "–")
         print(f"| {row} | " + " | ".join(cells) + " |", flush=True)
 
 

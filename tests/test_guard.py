@@ -11,14 +11,14 @@ from conftest import DATA, RATE, ROOT, build_system
 
 import recognize
 from audio import load_audio
-from guard import broken_rules, disagreement, guarded, steady, with_and_without
+from guard import broken_rules, disagree, guarded, steady, with_and_without
 from manifest import read_manifest
 from recognize import DecodeArguments, Transcriber
 from settings import ModelArguments
 from transcript import Hypothesis, joined
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from invented_words import SOUNDS, coloured, rms, sounds
+from invented_words import SOUNDS, coloured, loops, rms, sounds
 
 SPEECH = load_audio(DATA / "clips" / "agent-user.opus")[0]  # 4.9 s: agent login please enter your agent number followed …
 
@@ -60,11 +60,19 @@ def test_rules_on_texts_without_a_ctc(text, ended, rules):
     assert "cut_off" not in broken_rules(SPEECH, Hypothesis(text, ended), bounded=False)
 
 
-def test_disagreement_is_of_letters_alone():
-    assert disagreement("Hello, World!", "hello wor ld") == 0
-    assert disagreement("abc", "abd") == pytest.approx(1 / 3)
-    assert disagreement("", "") == 0
-    assert disagreement("abc", "") == 1
+@pytest.mark.parametrize(
+    ("text", "ctc_text", "disagrees"),
+    [
+        ("Hello, World!", "hello wor ld", False),  # letters alone
+        ("pipe", "piy", False),  # a short word: two edits
+        ("close brackets", "close parentices", True),
+        ("to exit the mansion", "too exit the meniu", False),
+        ("write down the exact words", "roml", True),
+    ],
+)
+def test_disagreement_with_the_ctc(text, ctc_text, disagrees):
+    """Texts of dev that the LLM alone and the CTC wrote."""
+    assert disagree(text, ctc_text) == disagrees
 
 
 def test_silence_noise_and_tones_are_steady_and_have_no_text_without_a_ctc():
@@ -74,6 +82,7 @@ def test_silence_noise_and_tones_are_steady_and_have_no_text_without_a_ctc():
     for sound in (*silence, *noise, held):
         assert steady(sound)
     assert broken_rules(held, Hypothesis("thank you", True)) == ["no_speech"]
+    assert broken_rules(held, Hypothesis("thank you", True, ctc_text="thank you")) == []  # a CTC hears better
     assert not steady(np.zeros(10))  # shorter than one slice: nothing is known
 
 
@@ -124,11 +133,11 @@ def test_text_on_silence_is_dropped_without_another_decoding():
 def test_the_suspicious_alone_are_decoded_again_with_more_of_the_ctc_and_at_last_by_it_alone():
     """Of three suspicious texts one is mended by the joint search, one by the CTC, one was right: it says so again."""
     loop = "please " * 9
-    first = [heard("please hold"), heard(loop), heard(loop), heard("hold please", "please ho", False)]
-    second = [heard("please hold"), heard("the exact words"), heard("hold please", "please ho")]
+    first = [heard("please hold"), heard(loop), heard(loop), heard("please hold on", ended=False)]
+    second = [heard("please hold"), heard("the exact words"), heard("please hold on")]
     transcriber = Scripted(first, second, [heard("please hold", ended=None)], decoder="llm", num_beams=1, joint_weight=0.5)
     kept = guarded(transcriber, [SPEECH] * 4)
-    assert [one.text for one in kept] == ["please hold", "please hold", "please hold", "hold please"]
+    assert [one.text for one in kept] == ["please hold", "please hold", "please hold", "please hold on"]
     flags = [["loop", "disagrees", "decoded_again"], ["loop", "disagrees", "decoded_again", "ctc_text"]]
     assert [one.flags for one in kept] == [[], *flags, ["cut_off", "decoded_again"]]
     assert [one.unguarded for one in kept] == [None, loop, loop, None]
@@ -188,6 +197,20 @@ def test_wer_with_and_without():
     kept, first = with_and_without(found, {"long": "a b", "short": "c d"})
     assert (kept.words.errors, first.words.errors) == (1, 4)
     assert kept.words.reference_length == first.words.reference_length == 4
+
+
+def test_the_benchmark_counts_what_was_invented_in_loops():
+    found = {"a": Hypothesis("go", unguarded="go " * 6), "b": Hypothesis("no no"), "c": Hypothesis("x", unguarded="y " * 5)}
+    assert loops(*with_and_without(found, {"a": "go", "b": "no", "c": "x y"})) == [0, 5 + 3]
+    assert loops(*with_and_without({"b": Hypothesis("no")}, {"b": "no"})) == [0, 0]
+
+
+def test_the_benchmark_makes_sounds_of_1_to_20_s_by_seed():
+    for make in SOUNDS:
+        (one,), (again,) = sounds(make, 3, 1), sounds(make, 3, 1)
+        assert np.array_equal(one.audio, again.audio)
+        assert RATE <= len(one.audio) <= 20 * RATE
+        assert np.abs(one.audio).max() < 4
 
 
 @pytest.fixture(scope="module")

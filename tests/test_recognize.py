@@ -17,6 +17,8 @@ from recognize import DecodeArguments, Transcriber
 from settings import InputError, ModelArguments
 from transcript import Hypothesis
 
+UNGUARDED = SimpleNamespace(guard="off")
+
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):

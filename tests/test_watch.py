@@ -37,7 +37,19 @@ def evaluations(folder):
 
 def decode_and_score(checkpoint, manifest, result, capsys, *models):
     """What recognize.py and score.py print of a checkpoint, decoded greedily: WER and CER in percent."""
-    flags = ("--checkpoint", checkpoint, "--data_path", manifest, "--result_path", result, "--num_beams", 1, *models)
+    flags = (
+        "--checkpoint",
+        checkpoint,
+        "--data_path",
+        manifest,
+        "--result_path",
+        result,
+        "--num_beams",
+        1,
+        "--guard",
+        "off",
+        *models,
+    )
     assert recognize.main([str(flag) for flag in flags]) == 0
     capsys.readouterr()
     score.main(["--ref", str(manifest), "--hyp", str(result)])
