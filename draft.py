@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -28,6 +29,12 @@ class Written(NamedTuple):
     log_probs: list[Tensor]  # of each row (t, 1 + ends): the LLM's of each token that was written, and of each end there
     passes: int  # of the LLM
     accepted: list[int]  # of each row, how many tokens were the draft's
+
+    def steps(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """After 0, 1, … T − 1 tokens: those (B, t), the LLM's log P of them (B,), and of each end behind them (B, ends)."""
+        gains = pad_sequence(self.log_probs, batch_first=True)  # (B, T, 1 + ends)
+        totals = F.pad(gains[..., 0].cumsum(1), (1, 0))  # (B, T + 1)
+        return [(self.ids[:, :t], totals[:, t], gains[:, t, 1:]) for t in range(gains.shape[1])]
 
 
 class Draft:

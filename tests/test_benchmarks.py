@@ -91,10 +91,9 @@ def test_decode_throughput_prints_every_table(tiny, tmp_path, shape, monkeypatch
     assert list(ratio)[:3] == ["published, greedy", "published, beam 2", "ctc"]
     assert len(ratio) == 9
     assert ratio["published, greedy"][1] == "1.0"
-    assert float(ratio["joint, greedy, draft"][4]) < 5
-    accepted = float(ratio["llm, greedy, draft"][3].removesuffix(" %"))
-    assert accepted >= 0
-    if shape:  # all but the forced end
-        assert accepted == 80
+    for name in ("llm, greedy, draft", "joint, greedy, draft"):
+        assert re.fullmatch(r"\d+ %", ratio[name][3])
+        if shape:  # all but the forced end, in one pass
+            assert ratio[name][3:5] == ["80 %", "1.0"]
     assert list(cells(output, "batch size")) == ["1", "2"]
     assert list(cells(output, "clips of")) == ["1 s", "2 s"]

@@ -84,6 +84,25 @@ def test_drafts_that_are_right_wrong_and_half_right(tokens, monkeypatch, offset)
     assert torch.equal(model.generate(**options | {"drafts": drafts}), plain)
 
 
+def test_log_probabilities_are_those_of_plain_greedy_search(tokens, monkeypatch):
+    transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder="joint", num_beams=1))
+    options, generate, clips = {}, tokens.model.generate, [audio(2.7, 1), audio(0.8, 2)]
+    _, _, written = both_ways(transcriber, clips, monkeypatch)
+    monkeypatch.setattr(tokens.model, "generate", lambda **o: options.update(o) or generate(**o))
+    transcriber.hypotheses(clips)
+    options |= {"drafts": None, "return_dict_in_generate": True, "output_logits": True}
+    plain = generate(**options)
+    log_probs = torch.stack(plain.logits, 1).log_softmax(-1)  # (B, T, vocabulary)
+    gains = log_probs.gather(2, plain.sequences[..., None])[..., 0]
+    for t, (ids, total, ends) in enumerate(written.steps()):
+        going = [row for row in range(2) if t < len(written.log_probs[row])]
+        assert torch.equal(ids, plain.sequences[:, :t])
+        assert torch.allclose(total[going], gains[going, :t].sum(1), atol=1e-4)
+        assert torch.allclose(
+            ends[going], log_probs[going][:, t, tokens.model.llm.generation_config.eos_token_id], atol=1e-4
+        )
+
+
 def test_beams_are_not_drafted(tokens, monkeypatch):
     monkeypatch.setattr(draft, "verify", lambda *_: pytest.fail("a draft is for greedy search"))
     transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder="llm", num_beams=2))
