@@ -83,6 +83,16 @@ def test_candidates_are_chosen_by_both():
     assert (out[0, :END] > -torch.inf).sum() == 2
 
 
+def test_where_too_few_tokens_are_allowed_none_that_the_ctc_cannot_spell_takes_their_place():
+    """With most tokens forbidden by another processor, the best candidates once were ones without a spelling, and their
+    score was that of the empty text."""
+    score = scorer(random_log_probs(1, 5, 4), torch.tensor([5]))
+    scores = torch.full((1, 9), -torch.inf, dtype=torch.float64)  # the last two are beyond the tokenizer's
+    scores[0, [1, 7, 8]] = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64)
+    out = score(torch.zeros(1, 0, dtype=torch.long), scores)
+    assert out.isfinite().nonzero().tolist() == [[0, 1]]
+
+
 def test_prefix_scores_stay_finite_on_thirty_seconds():
     log_probs, length = random_log_probs(2, 750, 4) * 4, torch.tensor([750, 2])
     score, ids = scorer(log_probs, length), []

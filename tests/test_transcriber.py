@@ -179,7 +179,6 @@ def test_the_score_of_the_ctc_alone_is_that_of_its_text(tokens):
     [
         ("llm", {"repetition_penalty": 2.0}),
         ("llm", {"no_repeat_ngram_size": 1}),
-        ("joint", {"no_repeat_ngram_size": 1}),
         ("llm", {"temperature": 2.0}),
         ("joint", {"temperature": 2.0}),
     ],
