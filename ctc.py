@@ -204,7 +204,8 @@ class CTCPrefixScore(LogitsProcessor):
 
     The CTC prefix probability of Watanabe et al. 2017 ("Hybrid CTC/Attention Architecture"): the probability of all
     label sequences that begin with a prefix. A token of the LLM is spelled in one or several of the CTC's. All frames at
-    once: the recursion over frames is linear, so it is a cumulative log-sum-exp.
+    once: the recursion over frames is linear, so it is a cumulative log-sum-exp. Of a candidate only its probability is
+    computed; the state that what follows needs, once the search has taken it.
     """
 
     def __init__(
@@ -223,76 +224,103 @@ class CTCPrefixScore(LogitsProcessor):
         self.probs = self.log_probs[:, :-1].exp().transpose(1, 2)  # (B, N, V)
         self.blanks = self.log_probs[:, -1].cumsum(-1)  # (B, N)
         self.spelling = spelling
-        self.usable = spelling[:, 0] >= 0
-        self.usable[ends] = False
-        self.ends, self.weight, self.candidates = ends, weight, min(candidates, int(self.usable.sum()))
+        self.first = spelling[:, 0].masked_fill(spelling[:, 0] < 0, classes - 1)  # (vocabulary,); V: never a candidate
+        self.first[ends] = classes - 1
+        self.ends, self.weight = ends, weight
+        self.candidates = min(candidates, int((self.first < classes - 1).sum()))
         # a state: last class, log P of ending at each time 0 … N in a token and in a blank, log P of all that begin so
         never = torch.full((B, N + 1), NEVER, dtype=torch.float64, device=length.device)
-        self.states = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
-        self.place = {(b, ()): b for b in range(B)}  # row and tokens so far → index into the states
+        self.states = self.start = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
+        self.place: dict[tuple, int] = {}  # row and tokens so far → index into the states
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (R, t): the tokens so far; scores (R, vocabulary), R = B · beams."""
-        device, scores = scores.device, scores.to(self.blanks.device)
-        R = len(scores)
-        rows = torch.arange(R, device=scores.device) // (R // len(self.log_probs))  # (R,)
-        prefixes = [(b, tuple(ids)) for b, ids in zip(rows.tolist(), input_ids.tolist(), strict=True)]
-        # a beam that has ended goes on with padding: any state will do, its score is not used
-        place = torch.tensor([self.place.get(prefix, 0) for prefix in prefixes], device=scores.device)
-        last, token, blank, total = (part[place] for part in self.states)
+        device, scores, input_ids = scores.device, scores.to(self.blanks.device), input_ids.to(self.blanks.device)
+        clips = torch.arange(len(self.log_probs), device=scores.device)
+        rows = clips.repeat_interleave(len(scores) // len(clips))  # (R,)
+        prefixes = [(b, *ids) for b, ids in zip(rows.tolist(), input_ids.tolist(), strict=True)]
+        if input_ids.shape[1]:
+            # a beam that has ended goes on with padding: any state will do, its score is not used
+            parents = torch.tensor([self.place.get(prefix[:-1], 0) for prefix in prefixes], device=scores.device)
+            self.states = self.extend(rows, [part[parents] for part in self.states], input_ids[:, -1])
+        else:
+            self.states = [part[rows] for part in self.start]
+        self.place = {prefix: i for i, prefix in enumerate(prefixes)}
+        return self.vote(clips, self.states, scores).to(device)
 
-        usable = F.pad(self.usable, (0, scores.shape[-1] - len(self.usable)))  # an output layer may be padded
-        first = self._next_class(rows, last, token, blank) - total[:, None]  # (R, V)
-        bound = scores + self.weight * F.pad(first[:, self.spelling[:, 0].clamp(min=0)], (0, len(usable) - len(self.usable)))
-        bounds, best = bound.masked_fill(~usable, -torch.inf).topk(self.candidates)  # (R, K)
-        K = best.shape[1]
-        state = (x.repeat_interleave(K, 0) for x in (last, token, blank))
-        spelling = self.spelling[best.flatten().clamp(max=len(self.spelling) - 1)]  # (R * K, P)
-        self.states = self._extend(rows.repeat_interleave(K), *state, spelling)  # (R * K, …)
-        extended = [(b, (*ids, id)) for (b, ids), row in zip(prefixes, best.tolist(), strict=True) for id in row]
-        self.place = {prefix: i for i, prefix in enumerate(extended)}
+    def extend(self, rows: Tensor, states: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
+        """The states of prefixes, R of the clips `rows` (R,), with one of the LLM's tokens (R,) behind each."""
+        states = [part.clone() for part in states]
+        for pieces in self.spelling[tokens].T:  # (R,)
+            at = (pieces >= 0).nonzero().squeeze(1)  # (A,) those that go on
+            if not len(at):
+                break
+            longer = self._extend(rows[at], *(part[at] for part in states), pieces[at])
+            for part, new in zip(states, longer, strict=True):
+                part[at] = new
+        return states
 
-        gain = (self.states[-1].view(R, K) - total[:, None]).clamp(min=NEVER)
+    def vote(self, clips: Tensor, states: Sequence[Tensor], scores: Tensor) -> Tensor:
+        """scores (R, vocabulary) with the CTC's added, −∞ for what is no candidate: of R prefixes, equally many for each of
+        `clips`, and their states."""
+        last, token, blank, total = states
+        rows = clips.repeat_interleave(len(scores) // len(clips))  # (R,)
+        first = self._next_class(clips, rows, last, token, blank)  # (R, V)
+        padded = F.pad(self.first, (0, scores.shape[-1] - len(self.first)), value=first.shape[-1])  # an output layer may be
+        bound = F.pad(self.weight * (first - total[:, None]), (0, 1), value=-torch.inf).to(scores.dtype)  # (R, V + 1)
+        bounds, best = (scores + bound[:, padded]).topk(self.candidates)  # (R, K)
+        gain = self._begin_with(rows, states, first, best) - total[:, None]  # (R, K)
         ended = torch.logaddexp(token[:, -1], blank[:, -1]) - total  # (R,)
         voted = torch.full_like(scores, -torch.inf)
-        both = scores.gather(1, best) + (self.weight * gain).to(scores.dtype)
+        both = scores.gather(1, best) + (self.weight * gain.clamp(min=NEVER)).to(scores.dtype)
         voted.scatter_(1, best, both.masked_fill(bounds.isneginf(), -torch.inf))
         voted[:, self.ends] = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)
-        return voted.to(device)
+        return voted
 
-    def _next_class(self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor) -> Tensor:
+    def _next_class(self, clips: Tensor, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor) -> Tensor:
         """log P of all that begins with a prefix and a class, for R prefixes and every class but the blank: (R, V)."""
         before = torch.logaddexp(blank, token)[:, :-1]  # (R, N)
         loudest = before.amax(1, keepdim=True)
-        B, classes, N = self.log_probs.shape
-        share = (before - loudest).exp().view(B, -1, N) @ self.probs  # (B, R / B, V)
-        scores = share.view(len(rows), classes - 1).log().clamp(min=NEVER) + loudest
+        share = (before - loudest).exp().view(len(clips), -1, before.shape[1]) @ self.probs[clips]  # (C, R / C, V)
+        scores = share.flatten(0, 1).log().clamp(min=NEVER) + loudest
         again = last.clamp(min=0)  # the last class anew: only after a blank
         repeated = (blank[:, :-1] + self.log_probs[rows, again]).logsumexp(-1)
         at = (last >= 0).nonzero().squeeze(1)
         scores[at, again[at]] = repeated[at]
         return scores
 
-    def _extend(
-        self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor, spelling: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States of C prefixes, each extended by spelling (C, P), padded with −1."""
-        last, token, blank, total = last.clone(), token.clone(), blank.clone(), torch.zeros_like(token[:, 0])
-        for pieces in spelling.T:  # (C,)
-            at = (pieces >= 0).nonzero().squeeze(1)  # (A,) those that go on
+    def _begin_with(self, rows: Tensor, states: Sequence[Tensor], first: Tensor, tokens: Tensor) -> Tensor:
+        """log P of all that begins with a prefix and each of its candidates, tokens (R, K): (R, K)."""
+        pieces = self.spelling[tokens.flatten().clamp(max=len(self.spelling) - 1)]  # (R * K, P)
+        total = first.gather(1, pieces[:, 0].view_as(tokens).clamp(min=0)).flatten()  # (R * K,): of their first pieces
+        parent = torch.arange(len(rows), device=rows.device).repeat_interleave(tokens.shape[1])  # (R * K,)
+        for i in range(1, pieces.shape[1]):
+            at = (pieces[:, i] >= 0).nonzero().squeeze(1)  # (A,) candidates with one more piece
             if not len(at):
                 break
-            piece, row = pieces[at], rows[at]
-            y, blanks = self.log_probs[row, piece], self.blanks[row]  # (A, N)
-            y_sum = y.cumsum(-1)
-            again = (piece == last[at])[:, None]  # the same class anew only after a blank
-            before = torch.logaddexp(blank[at], torch.where(again, NEVER, token[at]))[:, :-1]  # (A, N)
-            starts = before + y  # log P of the piece's first frame being this one
-            token_now = _later(y_sum + (starts - y_sum).logcumsumexp(-1))  # (A, N + 1)
-            blank_now = blanks + (token_now[:, :-1] - F.pad(blanks, (1, 0))[:, :-1]).logcumsumexp(-1)
-            last[at], token[at], blank[at] = piece, token_now, _later(blank_now)
-            total[at] = starts.logsumexp(-1)
-        return last, token, blank, total
+            # candidates that begin alike share a state (U,)
+            alike, place = (parent[at] * first.shape[1] + pieces[at, i - 1]).unique(return_inverse=True)
+            source, piece = alike // first.shape[1], alike % first.shape[1]
+            rows = rows[source]
+            states = self._extend(rows, *(part[source] for part in states), piece)
+            parent = parent.index_copy(0, at, place)
+            total[at] = self._starts(rows[place], *(part[place] for part in states[:3]), pieces[at, i]).logsumexp(-1)
+        return total.view_as(tokens)
+
+    def _starts(self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor, piece: Tensor) -> Tensor:
+        """log P of the piece's first frame being this one (A, N), after A prefixes."""
+        again = (piece == last)[:, None]  # the same class anew only after a blank
+        return torch.logaddexp(blank, torch.where(again, NEVER, token))[:, :-1] + self.log_probs[rows, piece]
+
+    def _extend(
+        self, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor, _: Tensor, piece: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States of A prefixes, each extended by one class, piece (A,)."""
+        starts = self._starts(rows, last, token, blank, piece)  # (A, N)
+        y_sum, blanks = self.log_probs[rows, piece].cumsum(-1), self.blanks[rows]  # (A, N)
+        token = _later(y_sum + (starts - y_sum).logcumsumexp(-1))  # (A, N + 1)
+        blank = blanks + (token[:, :-1] - F.pad(blanks, (1, 0))[:, :-1]).logcumsumexp(-1)
+        return piece, token, _later(blank), starts.logsumexp(-1)
 
 
 def _later(log_p: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from whisper.audio import HOP_LENGTH
 
+import draft
 from audio import speech_lengths
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path
 from encoder import SpeechEncoder, attend
@@ -366,31 +367,57 @@ class SpeechLLM(nn.Module):
         heard: tuple[Tensor, Tensor] | None = None,
         before: Sequence[LogitsProcessor] = (),
         after: Sequence[LogitsProcessor] = (),
+        drafts: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> Tensor:
         """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,).
 
         With `joint_weight` the CTC votes with that weight; spelling (vocabulary, P) is each token in the CTC's classes.
-        `before` and `after` its vote the scores go through these processors. heard: what `hear` gave, if it was asked.
+        `before` and `after` its vote the scores go through these processors. heard: what `hear` gave, if it was asked. With
+        `drafts`, the ids of a guess for each row, a greedy search that nothing else shapes takes a few passes of the LLM
+        (see draft.py) and its result is the same.
         """
         processors = [*before, *after, ForceEndOfTurn(max_new_tokens, self.llm.generation_config.pad_token_id)]
+        vote = None
         if self.ctc:
             log_probs, frames = heard or self.hear(mel, mel_length)
             speech, length = self.ctc.soft_tokens(log_probs, frames)
             if joint_weight:
                 ends = self.llm.generation_config.eos_token_id
-                processors.insert(len(before), CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight))
+                vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight)
+                processors.insert(len(before), vote)
         else:
             speech, length = self.embed_speech(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
+        cache = DynamicCache(config=self.llm.config)
+        shared = self._shared(input_ids, attention_mask)
+        if shared:  # the padding goes behind the prompt's beginning, which is read once for all
+            padding = (mask == 0).sum(1, keepdim=True)  # (B, 1)
+            t = torch.arange(mask.shape[1], device=mask.device)
+            mask = ((t < shared) | (t >= shared + padding)).long()
+            embeds[:, :shared] = embeds[padding.argmin(), :shared].clone()
+            self.llm.base_model(inputs_embeds=embeds[:1, :shared], cache=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(embeds))
+        likelihoods = [p for p in before if isinstance(p, LogLikelihood)]
+        plain = len(likelihoods) == len(before) and not after
+        if drafts is not None and plain and draft.applies(cache, options):
+            written = draft.verify(self.llm, embeds, mask, cache, drafts, max_new_tokens.tolist(), vote)
+            for likelihood in likelihoods:
+                likelihood.steps = list(written.steps())
+            return written.ids
         beams = options.get("num_beams", 1)
         if beams > 1:  # else generate would run the prompt once for each of them
-            options["cache"] = cache = DynamicCache(config=self.llm.config)
             position = (mask.cumsum(1) - 1).clamp(min=0)
             self.llm.base_model(
-                inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1], cache=cache
+                inputs_embeds=embeds[:, shared:-1],
+                attention_mask=mask[:, :-1],
+                position_ids=position[:, shared:-1],
+                cache=cache,
+                use_cache=True,
             )
             cache.reorder_cache(torch.arange(len(embeds), device=embeds.device).repeat_interleave(beams))
+        if cache.get_seq_length():
+            options["cache"] = cache
         return self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,

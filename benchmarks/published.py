@@ -1,4 +1,4 @@
-"""The shape of a training step as WeSR published it, to measure against: not a part of the system.
+"""The shape of a training step, and of decoding, as WeSR published them, to measure against: not a part of the system.
 
 github.com/wenet-e2e/wesr (WeST), first version, in our words: every clip padded to 30 s (3000 log-mel frames, 1500 encoder
 frames, 300 vectors), every text padded until both together are model_max_length long, every position through the LLM's
@@ -67,3 +67,19 @@ class PublishedModel(nn.Module):
         text = self.llm.get_input_embeddings()(input_ids)[:, speech.shape[1] :]  # (B, T - 300, D)
         embeds = torch.cat([speech, text], dim=1)
         return self.llm(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+
+    @torch.no_grad()
+    def generate(self, before: Tensor, after: Tensor, mel: Tensor, num_beams: int, new_tokens: int) -> Tensor:
+        """Of one clip, mel (1, n_mels, 3000), exactly so many new tokens (1, new_tokens), by transformers' plain generate.
+        before, after (1, …): ids of the prompt around the speech."""
+        speech = self.linears(F.relu(self.conv(self.encoder.embed_audio(mel).transpose(1, 2)).transpose(1, 2)))
+        before, after = (self.llm.get_input_embeddings()(ids) for ids in (before, after))
+        embeds = torch.cat([before, speech.to(before.dtype), after], dim=1)  # (1, T, D)
+        return self.llm.generate(
+            inputs_embeds=embeds,
+            attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long),
+            num_beams=num_beams,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+        )

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, RATE, ROOT, run_script
+from conftest import DATA, RATE, ROOT, build_system, run_script
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import decode_throughput
 import decoders
 import train_throughput
 
@@ -102,3 +104,27 @@ def test_decoders_prints_a_row_for_every_beam_and_what_a_batch_changes(real, mon
     said = capsys.readouterr().out
     assert "batches of 1 and 2 in float32" in said
     assert f"| ctc | 0 of 2, WER {wer} / {wer} |" in said
+
+
+@pytest.mark.parametrize("shape", [[], ["--llm_shape", "tiny"]])
+def test_decode_throughput_prints_every_table(tiny, tmp_path, shape, monkeypatch, capsys):
+    """Also without a trained checkpoint, where drafts are right to the last token."""
+    monkeypatch.setitem(train_throughput.SHAPES, "tiny", (Qwen2Config, 2, 32, 64, 4, 2, 300))
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens")
+    system.model.save_checkpoint(tmp_path)
+    argv = ["--llm", tiny.qwen2, "--whisper", tiny.whisper, "--data_path", tiny.manifest, "--device", "cpu", *shape]
+    argv += ["--dtype", "float32", "--checkpoint", tmp_path, "--clips", "3", "--batch_size", "2", "--repetitions", "1"]
+    argv += ["--sweep_clips", "2", "--batch_sizes", "1", "2", "--lengths", "1", "2", "--num_beams", "2", "--new_tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["decode_throughput.py", *map(str, argv)])
+    decode_throughput.main()
+    output = capsys.readouterr().out
+    ratio = cells(output, "row")
+    assert list(ratio)[:3] == ["published, greedy", "published, beam 2", "ctc"]
+    assert len(ratio) == 9
+    assert ratio["published, greedy"][1] == "1.0"
+    for name in ("llm, greedy, draft", "joint, greedy, draft"):
+        assert re.fullmatch(r"\d+ %", ratio[name][3])
+        if shape:  # all but the forced end, in one pass
+            assert ratio[name][3:5] == ["80 %", "1.0"]
+    assert list(cells(output, "batch size")) == ["1", "2"]
+    assert list(cells(output, "clips of")) == ["1 s", "2 s"]

@@ -1,0 +1,141 @@
+"""Greedy search in a few passes of the LLM: the CTC's transcript is a draft, of which one pass verifies many tokens.
+
+    draft    the cat sat on a mat            pass 1: "the cat sat on" is what the LLM writes too, and then "the"
+    written  the cat sat on the              pass 2: "mat" and the end of turn
+
+Speculative decoding (Leviathan et al. 2023) with a draft that costs nothing. What is written is what the LLM alone, or with
+the CTC's vote, would write token by token.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ctc import CTCPrefixScore
+
+LOOKAHEAD = 16  # tokens of the draft that one pass verifies: logits of a whole transcript might not fit
+
+KNOWN = {"num_beams", "do_sample"}  # options that it honours
+
+
+class Written(NamedTuple):
+    ids: Tensor  # (B, T): with the end of turn, then padding
+    log_probs: list[Tensor]  # of each row (t, 1 + ends): the LLM's of each token that was written, and of each end there
+    passes: int  # of the LLM
+    accepted: list[int]  # of each row, how many tokens were the draft's
+
+    def steps(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """After 0, 1, … T − 1 tokens: those (B, t), the LLM's log P of them (B,), and of each end behind them (B, ends)."""
+        gains = pad_sequence(self.log_probs, batch_first=True)  # (B, T, 1 + ends)
+        totals = F.pad(gains[..., 0].cumsum(1), (1, 0))  # (B, T + 1)
+        return [(self.ids[:, :t], totals[:, t], gains[:, t, 1:]) for t in range(gains.shape[1])]
+
+
+class Draft:
+    """A draft, and after each token that is written the edits that make its first j tokens of what is written, for all j."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids, self.edits = list(ids), list(range(len(ids) + 1))
+
+    def rest(self, written: Sequence[int]) -> list[int]:
+        """What may follow, after `written` more tokens: the draft from where the fewest edits lead, the last such place."""
+        for token in written:
+            above, self.edits = self.edits, [self.edits[0] + 1]
+            for j, id in enumerate(self.ids):
+                self.edits.append(min(above[j] + (id != token), above[j + 1] + 1, self.edits[j] + 1))
+        return self.ids[max(range(len(self.edits)), key=lambda j: (-self.edits[j], j)) :]
+
+
+def applies(cache: DynamicCache, options: dict[str, Any]) -> bool:
+    """Whether this is a greedy search, with transformers' `options`, of an LLM whose cache may have gaps: where a layer sees
+    a window of positions, or sums them up, it may not."""
+    greedy = options.get("num_beams", 1) == 1 and not options.get("do_sample") and not options.keys() - KNOWN
+    return greedy and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def verify(
+    llm: nn.Module,
+    embeds: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    drafts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    vote: CTCPrefixScore | None = None,
+) -> Written:
+    """What greedy search writes after prompts embeds (B, T, D), mask (B, T), of which `cache` holds the first positions.
+
+    Row i may write limits[i] tokens, then its turn is ended. Rows that have ended leave the batch. Positions that were
+    rejected stay in the cache, masked, until every row is without them.
+    """
+    config, embed = llm.generation_config, llm.get_input_embeddings()
+    device = embeds.device
+    ends = torch.tensor(config.eos_token_id, device=device)
+    drafts = [Draft(ids) for ids in drafts]
+    rows = torch.arange(len(embeds), device=device)  # (L,) that still write
+    texts, log_probs, accepted = ([[] for _ in drafts] for _ in range(3))
+    guesses = [draft.rest([]) for draft in drafts]
+    states = [part[rows] for part in vote.start] if vote else None
+    pending, passes = embeds[:, cache.get_seq_length() :], 0
+    while len(rows):
+        room = [limits[i] - len(texts[i]) for i in rows.tolist()]
+        guesses = [torch.tensor(ids[: min(LOOKAHEAD, n)], dtype=torch.long) for ids, n in zip(guesses, room, strict=True)]
+        guess = pad_sequence(guesses, batch_first=True, padding_value=-1).to(device)  # (L, W)
+        W = guess.shape[1]
+        mask = torch.cat([mask, (guess >= 0).to(mask.dtype)], 1)
+        x = torch.cat([pending, embed(guess.clamp(min=0)).to(pending.dtype)], 1)  # (L, new, D)
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        output = llm(
+            inputs_embeds=x,
+            attention_mask=mask,
+            position_ids=position,
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=W + 1,
+        )
+        scores, passes = output.logits.float(), passes + 1  # (L, W + 1, vocabulary)
+        if vote:
+            along = [states]  # after each token of the guess
+            for token in guess.clamp(min=0).T.to(vote.blanks.device):
+                along.append(vote.extend(rows.to(token.device), along[-1], token))
+            along = [torch.stack(part, 1) for part in zip(*along, strict=True)]  # (L, W + 1, …)
+            flat = [part.flatten(0, 1) for part in along]
+            voted = vote.vote(rows.to(flat[0].device), flat, scores.flatten(0, 1).to(flat[0].device))
+            choice = voted.argmax(-1).view(len(rows), W + 1).to(device)
+        else:
+            choice = scores.argmax(-1)  # (L, W + 1)
+        over = torch.arange(W + 1, device=device) >= torch.tensor(room, device=device)[:, None]
+        choice = choice.masked_fill(over, config.pad_token_id)
+        agreed = (choice[:, :-1] == guess).long().cumprod(1).sum(1)  # (L,)
+        own = choice.gather(1, agreed[:, None])  # (L, 1): the LLM's token behind them
+
+        norm = scores.logsumexp(-1)[..., None]
+        scored = torch.cat([scores.gather(2, choice[..., None]), scores[..., ends]], 2) - norm  # (L, W + 1, 1 + ends)
+        new = [line[: n + 1] for line, n in zip(choice.tolist(), agreed.tolist(), strict=True)]
+        for i, tokens, line in zip(rows.tolist(), new, scored, strict=True):
+            texts[i] += tokens
+            log_probs[i].append(line[: len(tokens)])
+            accepted[i].append(len(tokens) - 1)
+
+        mask[:, mask.shape[1] - W :] *= torch.arange(W, device=device) < agreed[:, None]
+        unused = W - int(agreed.max())
+        if unused:
+            cache.crop(-unused)
+        mask = mask[:, : mask.shape[1] - unused]
+        going = (~torch.isin(own[:, 0], ends)).nonzero().squeeze(1)  # (L',)
+        if vote:
+            at = going.to(vote.blanks.device)
+            states = [part[at, agreed[going].to(at.device)] for part in along]
+            states = vote.extend(rows[going].to(at.device), states, own[going, 0].to(at.device))
+        if len(going) < len(rows):
+            cache.batch_select_indices(going)
+        rows, mask = rows[going], torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
+        pending = embed(own[going]).to(pending.dtype)  # (L', 1, D)
+        guesses = [drafts[i].rest(new[k]) for i, k in zip(rows.tolist(), going.tolist(), strict=True)]
+    ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True, config.pad_token_id)
+    return Written(ids, [torch.cat(parts) for parts in log_probs], passes, [sum(counts) for counts in accepted])

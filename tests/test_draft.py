@@ -1,0 +1,145 @@
+"""The CTC's draft, verified by the LLM: what is written is what plain greedy search writes, token by token."""
+
+import pytest
+import torch
+from conftest import DATA, audio, batch_of, build_system
+
+import draft
+from audio import load_audio
+from manifest import read_manifest
+from recognize import DecodeArguments, Transcriber, use_shipped
+from settings import SPEECH_INDEX, ModelArguments
+
+
+@pytest.mark.parametrize(
+    ("ids", "written", "rest"),
+    [
+        ("abcd", ["ab"], "cd"),
+        ("abcd", ["ax"], "cd"),  # another in its place, or one more: the later of two places
+        ("abcd", ["ac"], "d"),  # one less
+        ("abcd", ["abcx", "d"], ""),
+        ("abcdefg", ["xa", "bc"], "defg"),
+        ("ab", ["abab"], ""),
+        ("", ["ab"], ""),
+        ("ab", [], "ab"),
+    ],
+)
+def test_a_draft_goes_on_where_it_is_most_like_what_is_written(ids, written, rest):
+    guess = draft.Draft([*map(ord, ids)])
+    left = guess.rest([])
+    for some in written:
+        left = guess.rest([*map(ord, some)])
+    assert "".join(map(chr, left)) == rest
+
+
+def both_ways(transcriber, clips, plain):
+    """Token ids by draft and by transformers' greedy search; `verify`'s account of its passes."""
+    written, verify = [], draft.verify
+
+    def record(*args):
+        written.append(verify(*args))
+        return written[-1]
+
+    with plain.context() as patch:
+        patch.setattr(draft, "verify", record)
+        ids = {}
+        generate = transcriber.model.generate
+        for wanted in (True, False):
+            patch.setattr(transcriber.args, "draft", wanted)
+            patch.setattr(transcriber.model, "generate", lambda **o: ids.setdefault(wanted, generate(**o)))  # noqa: B023
+            transcriber.hypotheses(clips)
+    assert len(written) == 1
+    return ids[True], ids[False], written[0]
+
+
+@pytest.fixture
+def tokens(tiny):
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens")
+    with torch.no_grad():  # few tokens in the draft, and different ones
+        system.model.ctc.blank_bias.fill_(6.0)
+    return system
+
+
+@pytest.mark.parametrize("decoder", ["llm", "joint"])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_tiny_models_write_what_plain_greedy_search_writes(tokens, monkeypatch, decoder, clips):
+    transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder=decoder, num_beams=1))
+    drafted, plain, _ = both_ways(transcriber, [audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)][:clips], monkeypatch)
+    assert torch.equal(drafted, plain)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_drafts_that_are_right_wrong_and_half_right(tokens, monkeypatch, offset):
+    """Of three rows one has its own result as a draft, one another's, one a part of it; limits of their own end two."""
+    model = tokens.model
+    transcriber = Transcriber(model, tokens.prompt, DecodeArguments(device="cpu", decoder="llm", num_beams=1))
+    kept, generate = {}, model.generate
+    monkeypatch.setattr(model, "generate", lambda **o: kept.update(o) or generate(**o))
+    transcriber.hypotheses([audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)])
+    monkeypatch.undo()
+    options = kept | {"before": (), "drafts": None, "max_new_tokens": torch.tensor([21, 7, 12])}
+    plain = model.generate(**options)
+    text = [row[: row.index(tokens.prompt.end_of_turn)] for row in plain.tolist()]
+    drafts = [text[0], text[0][::-1], [*text[2][:offset], *text[2][offset + 1 :]]]
+    assert torch.equal(model.generate(**options | {"drafts": drafts}), plain)
+
+
+def test_log_probabilities_are_those_of_plain_greedy_search(tokens, monkeypatch):
+    transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder="joint", num_beams=1))
+    options, generate, clips = {}, tokens.model.generate, [audio(2.7, 1), audio(0.8, 2)]
+    _, _, written = both_ways(transcriber, clips, monkeypatch)
+    monkeypatch.setattr(tokens.model, "generate", lambda **o: options.update(o) or generate(**o))
+    transcriber.hypotheses(clips)
+    options |= {"before": (), "drafts": None, "return_dict_in_generate": True, "output_logits": True}
+    plain = generate(**options)
+    log_probs = torch.stack(plain.logits, 1).log_softmax(-1)  # (B, T, vocabulary)
+    gains = log_probs.gather(2, plain.sequences[..., None])[..., 0]
+    for t, (ids, total, ends) in enumerate(written.steps()):
+        going = [row for row in range(2) if t < len(written.log_probs[row])]
+        assert torch.equal(ids, plain.sequences[:, :t])
+        assert torch.allclose(total[going], gains[going, :t].sum(1), atol=1e-4)
+        assert torch.allclose(
+            ends[going], log_probs[going][:, t, tokens.model.llm.generation_config.eos_token_id], atol=1e-4
+        )
+
+
+def test_beams_are_not_drafted(tokens, monkeypatch):
+    monkeypatch.setattr(draft, "verify", lambda *_: pytest.fail("a draft is for greedy search"))
+    transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder="llm", num_beams=2))
+    assert transcriber.transcribe([audio(1.0)])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}])
+def test_reading_the_prompts_beginning_once_changes_nothing(tokens, options):
+    """Rows of different lengths: the padding moves behind the beginning that they share."""
+    ids = torch.tensor([tokens.prompt.ids] * 3)
+    batch = batch_of(tokens, [audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)], [""] * 3)
+    batch = {name: batch[name] for name in ("mel", "mel_length")}
+    batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": torch.tensor([21, 7, 12])}
+    read, written = [], {}
+    tokens.model.llm.base_model.layers[0].register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+    for shared in (True, False):
+        tokens.model.share_prompt = shared
+        written[shared] = tokens.model.generate(**batch, **options)
+        first = read[0]
+        assert (first == (1, tokens.prompt.ids.index(SPEECH_INDEX))) == shared
+        read.clear()
+    assert torch.equal(written[True], written[False])
+
+
+@pytest.fixture(scope="module")
+def shipped(real):
+    models = ModelArguments(str(real.llm), str(real.whisper))
+    use_shipped(models)
+    return Transcriber.from_arguments(models, DecodeArguments(device="cpu", dtype="float32", num_beams=1))
+
+
+@pytest.mark.parametrize("decoder", ["llm", "joint"])
+def test_the_shipped_checkpoint_writes_what_plain_greedy_search_writes(shipped, monkeypatch, decoder):
+    """Six of the demo's clips, of 0.6 to 10 seconds: rows end at different steps, and the drafts are right in part."""
+    clips = sorted((load_audio(record.wav)[0] for record in read_manifest(DATA / "test.jsonl")), key=len)[::12]
+    transcriber = Transcriber(shipped.model, shipped.prompt, DecodeArguments(device="cpu", decoder=decoder, num_beams=1))
+    drafted, plain, written = both_ways(transcriber, clips, monkeypatch)
+    assert torch.equal(drafted, plain)
+    assert written.passes < plain.shape[1]
+    assert sum(written.accepted) > 0
