@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
 
@@ -54,9 +55,10 @@ class Draft:
 
 def applies(cache: DynamicCache, options: dict[str, Any]) -> bool:
     """Whether this is a greedy search, with transformers' `options`, of an LLM whose cache may have gaps: where a layer sees
-    a window of positions, or sums them up, it may not."""
+    a window of positions, or sums them up, it may not. Under ZeRO-3 all processes need equally many passes."""
     greedy = options.get("num_beams", 1) == 1 and not options.get("do_sample") and not options.keys() - KNOWN
-    return greedy and all(type(layer) is DynamicLayer for layer in cache.layers)
+    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return greedy and whole and not is_deepspeed_zero3_enabled()
 
 
 def verify(
