@@ -136,7 +136,11 @@ class Decoding:
         self.transcriber = ours(args, bench)
         encoder = whisper.load_model(args.whisper, device=args.device)
         llm = bench.load_llm(args.llm, bench.dtype)
-        self.published = PublishedModel(encoder, llm).to(args.device, bench.dtype).eval()
+        self.published = PublishedModel(encoder, llm).to(args.device).eval()
+        (
+            self.published.conv.to(bench.dtype),
+            self.published.linears.to(bench.dtype),
+        )  # openai-whisper casts its own as it runs
         self.dtype, self.tokenizer = bench.dtype, bench.tokenizer
         chat = [{"role": "user", "content": "Transcribe the speech"}]
         text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
