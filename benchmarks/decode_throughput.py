@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -160,8 +160,7 @@ class Decoding:
         return Row(name, decode, name)
 
     def row(self, decoder: str, beams: int = 1, drafts: bool = False, batch_size: int | None = None) -> Row:
-        args = argparse.Namespace(**vars(self.transcriber.args))
-        args.decoder, args.num_beams, args.draft = decoder, beams, drafts
+        args = replace(self.transcriber.args, decoder=decoder, num_beams=beams, draft=drafts)
         one = Transcriber(self.transcriber.model, self.transcriber.prompt, args)
         name = "ctc" if decoder == "ctc" else f"{decoder}, {search(beams)}{', draft' * drafts}"
         decode = self.planted(one) if self.args.llm_shape else one.transcribe
