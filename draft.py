@@ -81,12 +81,12 @@ def verify(
     drafts = [Draft(ids) for ids in drafts]
     rows = torch.arange(len(embeds), device=device)  # (L,) that still write
     texts, log_probs, accepted = ([[] for _ in drafts] for _ in range(3))
-    guesses = [draft.rest([]) for draft in drafts]
+    guesses = [draft.rest([])[:LOOKAHEAD] for draft in drafts]
     states = [part[rows] for part in vote.start] if vote else None
     pending, passes = embeds[:, cache.get_seq_length() :], 0
     while len(rows):
         room = [limits[i] - len(texts[i]) for i in rows.tolist()]
-        guesses = [torch.tensor(ids[: min(LOOKAHEAD, n)], dtype=torch.long) for ids, n in zip(guesses, room, strict=True)]
+        guesses = [torch.tensor(ids[:n], dtype=torch.long) for ids, n in zip(guesses, room, strict=True)]
         guess = pad_sequence(guesses, batch_first=True, padding_value=-1).to(device)  # (L, W)
         W = guess.shape[1]
         mask = torch.cat([mask, (guess >= 0).to(mask.dtype)], 1)
@@ -138,6 +138,8 @@ def verify(
             cache.batch_select_indices(going)
         rows, mask = rows[going], torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
         pending = embed(own[going]).to(pending.dtype)  # (L', 1, D)
-        guesses = [drafts[i].rest(new[k]) for i, k in zip(rows.tolist(), going.tolist(), strict=True)]
+        guesses = []
+        for i, k in zip(rows.tolist(), going.tolist(), strict=True):  # a draft that was wrong is trusted less far
+            guesses.append(drafts[i].rest(new[k])[: min(2 * len(new[k]), LOOKAHEAD)])
     ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True, config.pad_token_id)
     return Written(ids, [torch.cat(parts) for parts in log_probs], passes, [sum(counts) for counts in accepted])
