@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
 
@@ -54,9 +55,10 @@ class Draft:
 
 def applies(cache: DynamicCache, options: dict[str, Any]) -> bool:
     """Whether this is a greedy search, with transformers' `options`, of an LLM whose cache may have gaps: where a layer sees
-    a window of positions, or sums them up, it may not."""
+    a window of positions, or sums them up, it may not. Under ZeRO-3 all processes need equally many passes."""
     greedy = options.get("num_beams", 1) == 1 and not options.get("do_sample") and not options.keys() - KNOWN
-    return greedy and all(type(layer) is DynamicLayer for layer in cache.layers)
+    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return greedy and whole and not is_deepspeed_zero3_enabled()
 
 
 def verify(
@@ -79,12 +81,12 @@ def verify(
     drafts = [Draft(ids) for ids in drafts]
     rows = torch.arange(len(embeds), device=device)  # (L,) that still write
     texts, log_probs, accepted = ([[] for _ in drafts] for _ in range(3))
-    guesses = [draft.rest([]) for draft in drafts]
+    guesses = [draft.rest([])[:LOOKAHEAD] for draft in drafts]
     states = [part[rows] for part in vote.start] if vote else None
     pending, passes = embeds[:, cache.get_seq_length() :], 0
     while len(rows):
         room = [limits[i] - len(texts[i]) for i in rows.tolist()]
-        guesses = [torch.tensor(ids[: min(LOOKAHEAD, n)], dtype=torch.long) for ids, n in zip(guesses, room, strict=True)]
+        guesses = [torch.tensor(ids[:n], dtype=torch.long) for ids, n in zip(guesses, room, strict=True)]
         guess = pad_sequence(guesses, batch_first=True, padding_value=-1).to(device)  # (L, W)
         W = guess.shape[1]
         mask = torch.cat([mask, (guess >= 0).to(mask.dtype)], 1)
@@ -136,6 +138,8 @@ def verify(
             cache.batch_select_indices(going)
         rows, mask = rows[going], torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
         pending = embed(own[going]).to(pending.dtype)  # (L', 1, D)
-        guesses = [drafts[i].rest(new[k]) for i, k in zip(rows.tolist(), going.tolist(), strict=True)]
+        guesses = []
+        for i, k in zip(rows.tolist(), going.tolist(), strict=True):  # a draft that was wrong is trusted less far
+            guesses.append(drafts[i].rest(new[k])[: min(2 * len(new[k]), LOOKAHEAD)])
     ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True, config.pad_token_id)
     return Written(ids, [torch.cat(parts) for parts in log_probs], passes, [sum(counts) for counts in accepted])

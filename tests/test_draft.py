@@ -60,6 +60,14 @@ def tokens(tiny):
     return system
 
 
+def prompts_of(tokens):
+    """What generate takes for three clips of different lengths, with limits of their own."""
+    ids = torch.tensor([tokens.prompt.ids] * 3)
+    batch = batch_of(tokens, [audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)], [""] * 3)
+    batch = {name: batch[name] for name in ("mel", "mel_length")}
+    return batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": torch.tensor([21, 7, 12])}
+
+
 @pytest.mark.parametrize("decoder", ["llm", "joint"])
 @pytest.mark.parametrize("clips", [1, 3])
 def test_tiny_models_write_what_plain_greedy_search_writes(tokens, monkeypatch, decoder, clips):
@@ -69,15 +77,9 @@ def test_tiny_models_write_what_plain_greedy_search_writes(tokens, monkeypatch, 
 
 
 @pytest.mark.parametrize("offset", [0, 1, 5])
-def test_drafts_that_are_right_wrong_and_half_right(tokens, monkeypatch, offset):
+def test_drafts_that_are_right_wrong_and_half_right(tokens, offset):
     """Of three rows one has its own result as a draft, one another's, one a part of it; limits of their own end two."""
-    model = tokens.model
-    transcriber = Transcriber(model, tokens.prompt, DecodeArguments(device="cpu", decoder="llm", num_beams=1))
-    kept, generate = {}, model.generate
-    monkeypatch.setattr(model, "generate", lambda **o: kept.update(o) or generate(**o))
-    transcriber.hypotheses([audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)])
-    monkeypatch.undo()
-    options = kept | {"before": (), "drafts": None, "max_new_tokens": torch.tensor([21, 7, 12])}
+    model, options = tokens.model, prompts_of(tokens)
     plain = model.generate(**options)
     text = [row[: row.index(tokens.prompt.end_of_turn)] for row in plain.tolist()]
     drafts = [text[0], text[0][::-1], [*text[2][:offset], *text[2][offset + 1 :]]]
@@ -90,17 +92,17 @@ def test_log_probabilities_are_those_of_plain_greedy_search(tokens, monkeypatch)
     _, _, written = both_ways(transcriber, clips, monkeypatch)
     monkeypatch.setattr(tokens.model, "generate", lambda **o: options.update(o) or generate(**o))
     transcriber.hypotheses(clips)
-    options |= {"before": (), "drafts": None, "return_dict_in_generate": True, "output_logits": True}
+    options = {name: value for name, value in options.items() if name not in ("before", "after")}  # they have seen a search
+    options |= {"drafts": None, "return_dict_in_generate": True, "output_logits": True}
     plain = generate(**options)
     log_probs = torch.stack(plain.logits, 1).log_softmax(-1)  # (B, T, vocabulary)
     gains = log_probs.gather(2, plain.sequences[..., None])[..., 0]
+    eos = tokens.model.llm.generation_config.eos_token_id
     for t, (ids, total, ends) in enumerate(written.steps()):
         going = [row for row in range(2) if t < len(written.log_probs[row])]
         assert torch.equal(ids, plain.sequences[:, :t])
         assert torch.allclose(total[going], gains[going, :t].sum(1), atol=1e-4)
-        assert torch.allclose(
-            ends[going], log_probs[going][:, t, tokens.model.llm.generation_config.eos_token_id], atol=1e-4
-        )
+        assert torch.allclose(ends[going], log_probs[going, t][:, eos], atol=1e-4)
 
 
 def test_beams_are_not_drafted(tokens, monkeypatch):
@@ -112,10 +114,7 @@ def test_beams_are_not_drafted(tokens, monkeypatch):
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}])
 def test_reading_the_prompts_beginning_once_changes_nothing(tokens, options):
     """Rows of different lengths: the padding moves behind the beginning that they share."""
-    ids = torch.tensor([tokens.prompt.ids] * 3)
-    batch = batch_of(tokens, [audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)], [""] * 3)
-    batch = {name: batch[name] for name in ("mel", "mel_length")}
-    batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": torch.tensor([21, 7, 12])}
+    batch = prompts_of(tokens)
     read, written = [], {}
     tokens.model.llm.base_model.layers[0].register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
     for shared in (True, False):
