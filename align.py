@@ -54,6 +54,10 @@ class Counts:
         """Errors for each reference token; None where there is no reference token to divide by."""
         return self.errors / self.reference_length if self.reference_length else None
 
+    @property
+    def percent(self) -> str:
+        return "n/a (no reference)" if self.rate is None else f"{100 * self.rate:.2f} %"
+
 
 def alignments(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[str]:
     """The steps of each pair (reference, hypothesis), in their order; only CHUNK pairs are held at a time."""
@@ -77,7 +81,7 @@ def alignments(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[str]:
 
 
 def _align(pairs: list[tuple[Tokens, Tokens]]) -> Iterator[str]:
-    """The steps of a batch. Tables larger than CELLS are made in blocks of rows: costs forwards, again with moves backwards."""
+    """The steps of a batch. Tables above CELLS are made in blocks of rows: the costs forwards, the moves backwards."""
     ids: dict[str, int] = {}
     ref, n = _padded([pair[0] for pair in pairs], ids)  # (B, N), (B,)
     hyp, m = _padded([pair[1] for pair in pairs], ids)  # (B, M), (B,)
@@ -104,7 +108,10 @@ def _padded(texts: list[Tokens], ids: dict[str, int]) -> tuple[np.ndarray, np.nd
     """Token ids (B, longest), new tokens joining `ids`, and lengths (B,); what stands in the padding is never looked at."""
     lengths = np.array([len(text) for text in texts])
     padded = np.zeros((len(texts), lengths.max()), dtype=np.int32)
-    flat = [ids.setdefault(token, len(ids)) for text in texts for token in text]
+    if isinstance(texts[0], str):  # as below, sooner
+        flat = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.int32)
+    else:
+        flat = [ids.setdefault(token, len(ids)) for text in texts for token in text]
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
     return padded, lengths
 

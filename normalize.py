@@ -1,4 +1,4 @@
-"""What is made of texts before words are compared, by name. The results depend on it, so each has a version, which is printed.
+"""What is made of texts before words are compared, by name. Results depend on it: each has a version, which is printed.
 
 none       as it is written
 basic      NFKC (full-width letters and digits become plain ones), lower case, no punctuation but apostrophes in words
@@ -22,6 +22,18 @@ NUMBER = re.compile(r"(?<![a-z\d])(?<!\d\.)(?<![a-z]-)(\d+)(?:\.(\d+))?([%‰年
 LONGEST_NUMBER = 6  # digits; more are read one by one, as telephone numbers are
 
 
+class _Spaces(dict):
+    """Character → a space for punctuation and symbols but apostrophes, else itself; filled as characters are met."""
+
+    def __missing__(self, code: int) -> str:
+        c = chr(code)
+        self[code] = " " if c != "'" and unicodedata.category(c)[0] in "PS" else c
+        return self[code]
+
+
+_SPACES = _Spaces()
+
+
 def none(text: str) -> str:
     return text
 
@@ -30,7 +42,7 @@ def basic(text: str) -> str:
     """NFKC, lower case; punctuation and symbols become spaces, but for apostrophes inside words."""
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
-    return "".join(" " if c != "'" and unicodedata.category(c)[0] in "PS" else c for c in text)
+    return text.translate(_SPACES)
 
 
 def mixed(text: str) -> str:

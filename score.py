@@ -17,12 +17,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import compare
 from align import Counts, align, alignments
+from compare import ScoredSet, markdown, verdict
 from normalize import HAS_CJK, NORMALIZERS, basic, mixed, none, normalizer, versioned
-from score_page import clips, write_page
+from score_page import write_page
 from texts import ScoreError, read_texts, write_trn
 
 # A refusal is no transcript: these openings, unless the reference has one too.
@@ -44,6 +43,10 @@ class Utterance:
     characters: Counts
     mixed: Counts  # of Han characters and kana, and of words in other scripts
     hallucination: str  # "refusal", "loop" or ""
+
+    def __str__(self) -> str:
+        note = f" [{self.hallucination}]" if self.hallucination else ""
+        return f"{self.key}: {self.words.percent}, {self.words.errors} errors{note}"
 
     @property
     def pairs(self) -> list[tuple[str | None, str | None]]:
@@ -72,6 +75,11 @@ class Score:
     @property
     def faithful(self) -> Counts:
         return sum((u.words for u in self.utterances if not u.hallucination), Counts())
+
+    @property
+    def worst(self) -> list[Utterance]:
+        """Most errors first."""
+        return sorted(self.utterances, key=lambda u: (u.words.errors, u.words.rate or 0), reverse=True)
 
 
 def hallucination(reference: str, hypothesis: str) -> str:
@@ -114,68 +122,12 @@ def score(references: dict[str, str], hypotheses: dict[str, str], normalize: Cal
     return Score(utterances, [key for key in references if key not in hypotheses])
 
 
-# --- several systems on several sets
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """A set, and its results by system."""
-
-    name: str
-    path: Path  # of the reference
-    fields: dict[str, dict[str, Any]]  # of the reference: name → key → value
-    results: dict[str, Score]
-    raw: dict[str, Score]  # without normalisation
-
-    def groups(self, field: str, result: Score) -> dict[str, Score]:
-        """A result's parts by what the field says, in alphabetical order; durations by size."""
-        values, parts, missing = self.fields[field], {}, set(result.missing)
-        for utterance in result.utterances:
-            part = parts.setdefault(compare.group(field, values.get(utterance.key)), Score([], []))
-            part.utterances.append(utterance)
-            part.missing.extend([utterance.key] if utterance.key in missing else [])
-        return {group: parts[group] for group in sorted(parts, key=compare.group_order)}
-
-
-def read_and_score(name: str, path: str, files: dict[str, str], args: argparse.Namespace, with_raw: bool) -> TestSet:
-    """A reference and the systems' files; raises ScoreError."""
-    fields: dict[str, dict] = {field: {} for field in ("duration", "wav", "start", "end", args.by) if field}
-    references, results, raw = read_texts(path, fields), {}, {}
-    if args.by and not fields[args.by]:
-        raise ScoreError(f'{path}: no line has the field "{args.by}"')
-    for system, file in files.items():
-        hypotheses = read_texts(file, text_field="text")
-        try:
-            results[system] = score(references, hypotheses, normalizer(args.normalizer))
-        except ScoreError as error:
-            raise ScoreError(f"{file}: {error}") from None
-        raw |= {system: score(references, hypotheses, none)} if with_raw else {}
-    return TestSet(name, Path(path), fields, results, raw)
-
-
-def table_rows(test: TestSet, by: str | None, resamples: int, seed: int) -> Iterator[dict[str, Any]]:
-    """A row of numbers for each system and group, and for each system; the latter beside the first system's."""
-    first = None
-    for system, result in test.results.items():
-        where, raw = {"system": system, "set": test.name}, test.raw.get(system)
-        if by:
-            raws = test.groups(by, raw)
-            for group, part in test.groups(by, result).items():
-                yield where | {by: group} | compare.row(part, raws[group])
-        yield where | ({by: "all"} if by else {}) | compare.row(result, raw, first, resamples, seed)
-        first = first or result
-
-
 # --- what is printed
-
-
-def _percent(counts: Counts) -> str:
-    return "n/a (no reference)" if counts.rate is None else f"{100 * counts.rate:.2f} %"
 
 
 def _line(name: str, counts: Counts, unit: str) -> str:
     parts = f"S {counts.substitutions}, D {counts.deletions}, I {counts.insertions}"
-    return f"{name}: {_percent(counts)} ({parts}; {counts.reference_length} reference {unit})"
+    return f"{name}: {counts.percent} ({parts}; {counts.reference_length} reference {unit})"
 
 
 def report(result: Score, normalizer_name: str) -> str:
@@ -189,7 +141,7 @@ def report(result: Score, normalizer_name: str) -> str:
         + f"; left out: {left_out.count('refusal')} refusals, {left_out.count('loop')} loops",
     ]
     if result.mixed != result.words:
-        lines.insert(3, _line("MER", result.mixed, "words and Chinese or Japanese characters"))
+        lines.append(_line("MER", result.mixed, "words and Chinese or Japanese characters"))
     if result.missing:
         lines.append(missing(result))
     return "\n".join(lines)
@@ -209,61 +161,37 @@ def aligned(utterance: Utterance) -> str:
         width = max(map(len, cells))
         for row, cell in zip(rows, cells, strict=True):
             row.append((cell.upper() if wrong else cell).ljust(width))
-    head = f"{summary(utterance)}\n  REF: {' '.join(rows[0])}".rstrip()
-    return "\n".join([head, f"  HYP: {' '.join(rows[1])}".rstrip()])
+    lines = [str(utterance), f"  REF: {' '.join(rows[0])}".rstrip(), f"  HYP: {' '.join(rows[1])}".rstrip()]
+    return "\n".join(lines)
 
 
-def summary(utterance: Utterance) -> str:
-    note = f" [{utterance.hallucination}]" if utterance.hallucination else ""
-    return f"{utterance.key}: {_percent(utterance.words)}, {utterance.words.errors} errors{note}"
-
-
-def worst(result: Score) -> list[Utterance]:
-    return sorted(result.utterances, key=lambda u: (u.words.errors, u.words.rate or 0), reverse=True)
-
-
-def errors(test: TestSet, result: Score, most: int) -> dict[str, Any]:
-    """The most frequent errors and worst clips, at most so many of each; WER by duration where durations are known."""
-    found = compare.frequent_errors([(u.reference, u.hypothesis) for u in result.utterances])
-    told: dict[str, Any] = {kind: dict(counter.most_common(most)) for kind, counter in found.items()}
-    told["worst"] = [summary(u) for u in worst(result)[:most] if u.words.errors]
-    parts = test.groups("duration", result) if test.fields["duration"] else {}
-    return told | {"durations": {name: _percent(part.words) for name, part in parts.items()}}
-
-
-def error_lines(told: dict[str, Any]) -> list[str]:
-    lines = []
-    for kind in ("substitutions", "deletions", "insertions"):
-        lines.append(f"most frequent {kind}: " + (", ".join(f"{n} × {what}" for what, n in told[kind].items()) or "none"))
-    lines += ["worst clips:", *(f"  {line}" for line in told["worst"])]
-    by_duration = ", ".join(f"{name} {rate}" for name, rate in told["durations"].items())
-    return lines + ([f"WER by duration: {by_duration}"] if by_duration else [])
-
-
-def text_lines(tests: list[TestSet], rows: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str]:
-    """All that is printed, when it is not csv or json."""
-    single = len(tests) * len(tests[0].results) == 1
+def paragraphs(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespace) -> Iterator[str]:
+    """What is printed when it is neither csv nor json."""
+    single = len(tests) == len(tests[0].results) == 1
     for test in tests:
         for system, result in test.results.items():
-            title = [] if single else [f"{system} on {test.name}:"]
-            if args.per_utterance:
-                yield from [*title, *map(aligned, worst(result)), ""]
+            said = [*map(aligned, result.worst), ""] if args.per_utterance else []
             if single and not args.format:
-                yield report(result, args.normalizer)
+                said.append(report(result, args.normalizer))
             elif result.missing:
-                yield f"{system} on {test.name}: {missing(result)}"
-            if args.errors:
-                yield from [*title, *error_lines(errors(test, result, args.errors)), ""][: None if title else -1]
+                said.append(missing(result))
+            said += test.error_lines(result, args.errors) if args.errors else []
+            if said:
+                yield "\n".join(said if single else [f"{system} on {test.name}:", *said])
     if not single or args.by or args.format:
-        yield compare.markdown(rows, args.by)
-        yield f"normalizer: {versioned(args.normalizer)}; {sum(len(test.results[system].utterances) for test in tests)} utterances"
-    for row in rows:
-        if row.get("p") is not None:
-            yield compare.verdict(row, next(iter(tests[0].results)))
-        elif single and "WER low" in row:
-            yield f"95 % of resamples: WER {row['WER low']:.2f} to {row['WER high']:.2f} %"
+        yield markdown(rows, args.by)
+    notes = [] if single and not args.format else [f"normalizer: {versioned(args.normalizer)}"]
+    notes += [verdict(row, next(iter(tests[0].results))) for row in rows if "p" in row]
+    if single and args.bootstrap:
+        notes += [
+            f"WER of 95 % of the resamples: {row['WER low']:.2f} to {row['WER high']:.2f} %"
+            for row in rows
+            if "WER low" in row
+        ]
     if args.bootstrap:
-        yield f"(paired bootstrap over utterances, {args.bootstrap} resamples, seed {args.seed})"
+        notes.append(f"(paired bootstrap over utterances: {args.bootstrap} resamples, seed {args.seed})")
+    if notes:
+        yield "\n".join(notes)
 
 
 # --- the command line
@@ -278,8 +206,10 @@ def files_by_name(refs: list[str], hyps: list[str]) -> tuple[dict[str, str], dic
     """Set → reference, and system → hypotheses, one for each set in that order; raises ScoreError."""
     sets, systems = {}, {}
     for name, file in named(refs):
-        if sets.setdefault(name or Path(file).stem, file) != file:
-            raise ScoreError(f"--ref: two sets are called {name or Path(file).stem}: name them, NAME={file}")
+        name = name or Path(file).stem
+        if name in sets:
+            raise ScoreError(f"--ref: two sets are called {name}: name one otherwise, as NAME={file}")
+        sets[name] = file
     stems = [Path(file).stem for _, file in named(hyps)]
     for name, file in named(hyps):
         unnamed = "result" if len(sets) > 1 else Path(file).stem if stems.count(Path(file).stem) == 1 else file
@@ -287,8 +217,8 @@ def files_by_name(refs: list[str], hyps: list[str]) -> tuple[dict[str, str], dic
     for name, files in systems.items():
         if len(files) != len(sets):
             raise ScoreError(
-                f"--hyp: {len(files)} files of {name} for {len(sets)} sets ({', '.join(sets)}): give one for each, in the order "
-                "of --ref; with several systems each as NAME=FILE"
+                f"--hyp: {len(files)} files of {name} for {len(sets)} sets ({', '.join(sets)}): give one for each, in the "
+                "order of --ref; with several systems each as NAME=FILE"
             )
     return sets, systems
 
@@ -315,58 +245,69 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_and_score(name: str, path: str, files: dict[str, str], args: argparse.Namespace, with_raw: bool) -> ScoredSet:
+    """A reference and the systems' files; raises ScoreError."""
+    fields: dict[str, dict] = {field: {} for field in ("duration", "wav", "start", "end", args.by) if field}
+    references, results, raw = read_texts(path, fields), {}, {}
+    if args.by and not fields[args.by]:
+        raise ScoreError(f'{path}: no line has the field "{args.by}"')
+    for system, file in files.items():
+        hypotheses = read_texts(file, text_field="text")
+        try:
+            results[system] = score(references, hypotheses, normalizer(args.normalizer))
+        except ScoreError as error:
+            raise ScoreError(f"{file}: {error}") from None
+        raw |= {system: score(references, hypotheses, none)} if with_raw else {}
+    return ScoredSet(name, Path(path), fields, results, raw)
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         run(arguments(argv))
     except ScoreError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: cannot write ({error.strerror})")
 
 
 def run(args: argparse.Namespace) -> None:
     sets, systems = files_by_name(args.ref, args.hyp)
-    single = len(sets) * len(systems) == 1
-    if args.format in ("csv", "json") and args.per_utterance or args.format == "csv" and args.errors:
-        raise ScoreError("--per_utterance is text, and so is --errors beside --format csv: leave --format away")
+    single = len(sets) == len(systems) == 1
+    if args.format in ("csv", "json") and (args.per_utterance or args.errors):
+        raise ScoreError("--per_utterance and --errors are text: leave --format away")
     if args.bootstrap is None:
         args.bootstrap = 0 if single else RESAMPLES
+    with_raw = not single or bool(args.by or args.format)
     tests = [
-        read_and_score(
-            name,
-            path,
-            {system: files[place] for system, files in systems.items()},
-            args,
-            not single or bool(args.by or args.format),
-        )
+        read_and_score(name, path, {system: files[place] for system, files in systems.items()}, args, with_raw)
         for place, (name, path) in enumerate(sets.items())
     ]
-    rows = [row for test in tests for row in table_rows(test, args.by, args.bootstrap, args.seed)]
-    version = versioned(args.normalizer)
+    rows = [row for test in tests for row in test.rows(args.by, args.bootstrap, args.seed)]
     if args.format == "json":
-        found = [
-            {"system": system, "set": test.name} | errors(test, result, args.errors or 0)
-            for test in tests
-            for system, result in test.results.items()
-        ]
-        told = {"normalizer": version, "resamples": args.bootstrap, "seed": args.seed, "rows": rows}
-        print(json.dumps(told | ({"errors": found} if args.errors else {}), ensure_ascii=False, indent=1))
+        told = {"normalizer": versioned(args.normalizer), "resamples": args.bootstrap, "seed": args.seed, "rows": rows}
+        print(json.dumps(told, ensure_ascii=False, indent=1))
     elif args.format == "csv":
         writer = csv.DictWriter(sys.stdout, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     else:
-        print("\n".join(text_lines(tests, rows, args)))
-    for test in tests if args.trn else ():
-        for system, result in test.results.items():
-            folder = args.trn if single else args.trn / system / test.name
-            folder.mkdir(parents=True, exist_ok=True)
-            write_trn(folder / "ref.trn", ((u.key, u.reference) for u in result.utterances))
-            write_trn(folder / "hyp.trn", ((u.key, u.hypothesis) for u in result.utterances))
-    if args.html:
-        totals = [row for row in rows if row.get(args.by, "all") == "all"]
-        data = {"systems": list(systems), "sets": list(sets), "normalizer": version, "rows": totals}
-        write_page(args.html, data | {"clips": [clip for test in tests for clip in clips(test, args.html, args.by)]})
+        print("\n\n".join(paragraphs(tests, rows, args)))
+    write_files(tests, rows, args)
+
+
+def write_files(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespace) -> None:
+    """--trn and --html; raises ScoreError."""
+    single = len(tests) == len(tests[0].results) == 1
+    try:
+        for test in tests if args.trn else ():
+            for system, result in test.results.items():
+                folder = args.trn if single else args.trn / system / test.name
+                folder.mkdir(parents=True, exist_ok=True)
+                write_trn(folder / "ref.trn", ((u.key, u.reference) for u in result.utterances))
+                write_trn(folder / "hyp.trn", ((u.key, u.hypothesis) for u in result.utterances))
+        if args.html:
+            totals = [row for row in rows if row.get(args.by, "all") == "all"]
+            write_page(args.html, tests, totals, versioned(args.normalizer), args.by)
+    except OSError as error:
+        raise ScoreError(f"{error.filename}: cannot write ({error.strerror})") from None
 
 
 if __name__ == "__main__":

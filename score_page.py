@@ -5,21 +5,19 @@ What stands in manifests and results reaches the page as JSON and is shown as te
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from align import alignments
-
-if TYPE_CHECKING:
-    from score import TestSet
+from compare import ScoredSet
 
 TEMPLATE = Path(__file__).with_name("score_page.html")
 PLACE = '{"data": null}'  # in the template
 
 
-def clips(test: "TestSet", page: Path, by: str | None) -> Iterator[dict[str, Any]]:
+def clips(test: ScoredSet, page: Path, by: str | None) -> Iterator[dict[str, Any]]:
     """What the page needs of each clip of a set."""
     results = [result.utterances for result in test.results.values()]
     steps = [alignments((u.reference.split(), u.hypothesis.split()) for u in utterances) for utterances in results]
@@ -49,7 +47,14 @@ def audio_address(values: dict[str, Any], manifest: Path, page: Path) -> str | N
     return "./" + quote(Path(os.path.relpath(here[0], page.parent)).as_posix()) + part
 
 
-def write_page(page: Path, data: dict[str, Any]) -> None:
-    """data: systems, sets, normalizer, rows (the table's) and clips."""
+def write_page(page: Path, tests: Sequence[ScoredSet], rows: list[dict], normalizer: str, by: str | None) -> None:
+    """Write the page; rows are the table's, one for each system and set. Raises OSError."""
+    data = {
+        "systems": list(tests[0].results),
+        "sets": [test.name for test in tests],
+        "normalizer": normalizer,
+        "rows": rows,
+        "clips": [clip for test in tests for clip in clips(test, page, by)],
+    }
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
     page.write_text(before + json.dumps(data).replace("<", "\\u003c") + after, encoding="utf-8")
