@@ -18,7 +18,7 @@ HAS_CJK = re.compile(CJK)
 NUMERALS = "零一二三四五六七八九"
 SAME_NUMERAL = str.maketrans("两〇幺", "二零一")
 # not within a name like mp3 or gpt-4, nor an address like 10.0.0.1
-NUMBER = re.compile(r"(?<![a-z\d])(?<!\d\.)(?<![a-z]-)(\d+)(?:\.(\d+))?([%‰年]?)(?![a-z\d]|\.\d)", re.ASCII)
+NUMBER = re.compile(r"(?<![a-z\d])(?<!\d\.)(?<![a-z]-)(\d+)(?:\.(\d+))?(?![a-z\d]|\.\d)([%‰年]?)", re.ASCII)
 LONGEST_NUMBER = 6  # digits; more are read one by one, as telephone numbers are
 
 

@@ -273,6 +273,8 @@ def run(args: argparse.Namespace) -> None:
     single = len(sets) == len(systems) == 1
     if args.format in ("csv", "json") and (args.per_utterance or args.errors):
         raise ScoreError("--per_utterance and --errors are text: leave --format away")
+    if (args.bootstrap or 0) < 0:
+        raise ScoreError(f"--bootstrap {args.bootstrap}: a number of resamples, or 0 for none")
     if args.bootstrap is None:
         args.bootstrap = 0 if single else RESAMPLES
     with_raw = not single or bool(args.by or args.format)
