@@ -386,7 +386,7 @@ def test_a_table_by_a_field_adds_up_to_the_whole(sets, capsys):
 
 def test_frequent_errors_worst_clips_and_durations(sets, capsys):
     write(sets / "ref.jsonl", b'{"key": "a", "txt": "y x z", "duration": 1.5}\n{"key": "b", "txt": "x y", "duration": 9}\n')
-    write(sets / "hyp.txt", b"a w x\nb x w now\n")
+    write(sets / "hyp.txt", b"a w x\nb now x w\n")
     out = printed(capsys, "--ref", sets / "ref.jsonl", "--hyp", sets / "hyp.txt", "--errors", "1").splitlines()
     assert out[1] == "WER: 80.00 % (S 2, D 1, I 1; 5 reference words)"
     assert out[4:] == [
