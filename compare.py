@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from score import Score
 
 TABLE = 4_000_000  # numbers held at a time
+ALL = "(all)"  # the group of every clip
 EDGES = (1, 2, 5, 10, 20, 30)  # seconds
 BUCKETS = [f"{low}–{high} s" for low, high in zip((0, *EDGES), EDGES, strict=False)] + [f"{EDGES[-1]} s and more"]
 
@@ -45,10 +46,10 @@ class ScoredSet:
         for system, result in self.results.items():
             where, raw = {"system": system, "set": self.name}, self.raw.get(system)
             if by:
-                raws = self.groups(raw, by)
+                raws = self.groups(raw, by) if raw else {}
                 for name, part in self.groups(result, by).items():
-                    yield where | {by: name} | rates(part, raws[name])
-            row = where | ({by: "all"} if by else {}) | rates(result, raw)
+                    yield where | {by: name} | rates(part, raws.get(name))
+            row = where | ({by: ALL} if by else {}) | rates(result, raw)
             yield row | (compared(result, first, resamples, seed) if resamples and result.words.reference_length else {})
             first = first or result
 

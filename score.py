@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align import Counts, align, alignments
-from compare import ScoredSet, markdown, verdict
+from compare import ALL, ScoredSet, markdown, verdict
 from normalize import HAS_CJK, NORMALIZERS, basic, mixed, none, normalizer, versioned
 from score_page import write_page
 from texts import ScoreError, read_texts, write_trn
@@ -227,7 +227,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ref", required=True, nargs="+", metavar="[SET=]FILE", help="jsonl, or lines `key text`")
     parser.add_argument(
-        *("--hyp", "--hyps"),
+        "--hyp",
         required=True,
         nargs="+",
         metavar="[SYSTEM=]FILE",
@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> None:
         raise ScoreError(f"--bootstrap {args.bootstrap}: a number of resamples, or 0 for none")
     if args.bootstrap is None:
         args.bootstrap = 0 if single else RESAMPLES
-    with_raw = not single or bool(args.by or args.format)
+    with_raw = args.normalizer != "none" and (not single or bool(args.by or args.format))
     tests = [
         read_and_score(name, path, {system: files[place] for system, files in systems.items()}, args, with_raw)
         for place, (name, path) in enumerate(sets.items())
@@ -301,12 +301,12 @@ def write_files(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespa
     try:
         for test in tests if args.trn else ():
             for system, result in test.results.items():
-                folder = args.trn if single else args.trn / system / test.name
+                folder = args.trn if single else args.trn / re.sub(r"[^\w.-]", "_", f"{system}.{test.name}")
                 folder.mkdir(parents=True, exist_ok=True)
                 write_trn(folder / "ref.trn", ((u.key, u.reference) for u in result.utterances))
                 write_trn(folder / "hyp.trn", ((u.key, u.hypothesis) for u in result.utterances))
         if args.html:
-            totals = [row for row in rows if row.get(args.by, "all") == "all"]
+            totals = [row for row in rows if row.get(args.by, ALL) == ALL]
             write_page(args.html, tests, totals, versioned(args.normalizer), args.by)
     except OSError as error:
         raise ScoreError(f"{error.filename}: cannot write ({error.strerror})") from None

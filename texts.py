@@ -67,7 +67,7 @@ def _json_line(line: str, where: str, text_field: str) -> dict[str, Any]:
         if "key" not in item and (start, end) != (None, None):  # a part of a file: manifest.py's rule
             key = f"{key}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
         if end is not None:
-            item.setdefault("duration", end - (start or 0))
+            item["duration"] = end - (start or 0)
     except (ValueError, AttributeError, TypeError):
         raise ScoreError(f"{where}: not a JSON object") from None
     text = item.get(text_field, item.get("txt", item.get("text")))
