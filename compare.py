@@ -31,9 +31,11 @@ class ScoredSet:
 
     def groups(self, result: "Score", field: str) -> dict[str, "Score"]:
         """A result's parts by what the field says, in alphabetical order; durations by size."""
-        parts, missing = {}, set(result.missing)
+        parts: dict[str, Score] = {}
+        missing = set(result.missing)
         for utterance in result.utterances:
-            part = parts.setdefault(group(field, self.fields[field].get(utterance.key)), type(result)([], []))
+            name = group(field, self.fields[field].get(utterance.key))
+            part = parts.setdefault(name, type(result)([], []))  # another Score; score.py imports this file
             part.utterances.append(utterance)
             part.missing.extend([utterance.key] if utterance.key in missing else [])
         return {

@@ -22,7 +22,7 @@ from align import Counts, align, alignments
 from compare import ALL, ScoredSet, markdown, verdict
 from normalize import HAS_CJK, NORMALIZERS, basic, mixed, none, normalizer, versioned
 from score_page import write_page
-from texts import ScoreError, read_texts, write_trn
+from texts import ScoreError, files_by_name, read_texts, write_trn
 
 # A refusal is no transcript: these openings, unless the reference has one too.
 UNABLE = r"(i|we)('m| am|'re| are)? (can't|cannot|can not|unable to|not able to|don't have)"
@@ -195,32 +195,6 @@ def paragraphs(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespac
 
 
 # --- the command line
-
-
-def named(given: list[str]) -> list[tuple[str, str]]:
-    """NAME=FILE or FILE → (name or "", file)."""
-    return [("", item) if "=" not in item or Path(item).exists() else tuple(item.split("=", 1)) for item in given]
-
-
-def files_by_name(refs: list[str], hyps: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Set → reference, and system → hypotheses, one for each set in that order; raises ScoreError."""
-    sets, systems = {}, {}
-    for name, file in named(refs):
-        name = name or Path(file).stem
-        if name in sets:
-            raise ScoreError(f"--ref: two sets are called {name}: name one otherwise, as NAME={file}")
-        sets[name] = file
-    stems = [Path(file).stem for _, file in named(hyps)]
-    for name, file in named(hyps):
-        unnamed = "result" if len(sets) > 1 else Path(file).stem if stems.count(Path(file).stem) == 1 else file
-        systems.setdefault(name or unnamed, []).append(file)
-    for name, files in systems.items():
-        if len(files) != len(sets):
-            raise ScoreError(
-                f"--hyp: {len(files)} files of {name} for {len(sets)} sets ({', '.join(sets)}): give one for each, in the "
-                "order of --ref; with several systems each as NAME=FILE"
-            )
-    return sets, systems
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

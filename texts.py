@@ -12,6 +12,32 @@ class ScoreError(ValueError):
     """A user's mistake, told in one line that names file, line and remedy."""
 
 
+def _named(given: list[str]) -> list[tuple[str, str]]:
+    """NAME=FILE or FILE → (name or "", file)."""
+    return [("", item) if "=" not in item or Path(item).exists() else tuple(item.split("=", 1)) for item in given]
+
+
+def files_by_name(refs: list[str], hyps: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Set → reference, and system → hypotheses, one for each set in that order; raises ScoreError."""
+    sets, systems = {}, {}
+    for name, file in _named(refs):
+        name = name or Path(file).stem
+        if name in sets:
+            raise ScoreError(f"--ref: two sets are called {name}: name one otherwise, as NAME={file}")
+        sets[name] = file
+    stems = [Path(file).stem for _, file in _named(hyps)]
+    for name, file in _named(hyps):
+        unnamed = "result" if len(sets) > 1 else Path(file).stem if stems.count(Path(file).stem) == 1 else file
+        systems.setdefault(name or unnamed, []).append(file)
+    for name, files in systems.items():
+        if len(files) != len(sets):
+            raise ScoreError(
+                f"--hyp: {len(files)} files of {name} for {len(sets)} sets ({', '.join(sets)}): give one for each, in the "
+                "order of --ref; with several systems each as NAME=FILE"
+            )
+    return sets, systems
+
+
 def read_texts(path: str | Path, fields: dict[str, dict[str, Any]] | None = None, text_field: str = "txt") -> dict[str, str]:
     """key → text of a jsonl (`key` or `wav`, and `txt` or `text`), a tsv with such columns, or lines `key text`.
 
