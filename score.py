@@ -1,155 +1,61 @@
 """Reference and hypothesis → WER and CER, joined by key.
 
     python score.py --ref test.jsonl --hyp result.txt
-    python score.py --ref test.jsonl --hyp result.txt --normalizer english --per_utterance
+    python score.py --ref test.jsonl --hyp result.txt --normalizer english --per_utterance --errors --html report.html
+    python score.py --ref test=test.jsonl dev=dev.jsonl --hyp old=old/test.txt old=old/dev.txt new=new/{test,dev}.txt
 
-Either file is a jsonl (fields `key` or `wav`, and `txt`) or has lines `key text`. Alignment and counts are those of NIST
-sclite: the cheapest path when a substitution costs 4, a deletion or insertion 3. CER is over characters other than
-spaces, as `sclite -c` counts them.
+References and hypotheses are jsonl (fields `key` or `wav`, and `txt` or `text`), tsv (columns of those names) or lines
+`key text`. Alignment and counts are those of NIST sclite (align.py). CER is over characters other than spaces, as
+`sclite -c` counts them; MER over Chinese and Japanese characters and the words of other scripts.
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from align import Counts, align, alignments
+from compare import ALL, ScoredSet, markdown, verdict
+from normalize import HAS_CJK, NORMALIZERS, basic, mixed, none, normalizer, versioned
+from score_page import write_page
+from texts import ScoreError, files_by_name, read_texts, write_trn
 
-SUBSTITUTION, GAP = 4, 3  # sclite's costs
-
-CJK = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]"
 # A refusal is no transcript: these openings, unless the reference has one too.
 UNABLE = r"(i|we)('m| am|'re| are)? (can't|cannot|can not|unable to|not able to|don't have)"
 REFUSAL = re.compile(
     rf"((i'm|i am|we're|we are) )?sorry (but )?{UNABLE}|{UNABLE} (transcribe|hear|listen|process|access|assist|help)"
     r"|as an? (ai|artificial|language model)|(很抱歉|抱歉|对不起) ?我(无法|不能|没有)|作为(一个|一名)? ?(人工智能|ai)"
 )
+RESAMPLES = 10_000
 LOOP_UNIT, LOOP_TIMES = 10, 4  # a loop is a unit of at most 10 tokens said at least 4 times in a row
 
 
-class ScoreError(ValueError):
-    """A user's mistake, told in one line that names file, line and remedy."""
-
-
-def _none(text: str) -> str:
-    return text
-
-
-def _basic(text: str) -> str:
-    """NFKC, lower case; punctuation and symbols become spaces, but for apostrophes inside words."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
-    return "".join(" " if c != "'" and unicodedata.category(c)[0] in "PS" else c for c in text)
-
-
-def _chinese(text: str) -> str:
-    """As basic, with every Chinese character a word of its own: WER then counts characters, and words in other scripts."""
-    return re.sub(f"({CJK})", r" \1 ", _basic(text))
-
-
-def normalizer(name: str) -> Callable[[str], str]:
-    """The function of that name; `english` is that of the Whisper paper (openai-whisper), imported only when asked for."""
-    if name == "english":
-        from whisper.normalizers import EnglishTextNormalizer
-
-        return EnglishTextNormalizer()
-    return {"none": _none, "basic": _basic, "chinese": _chinese}[name]
-
-
-NORMALIZERS = ("none", "basic", "english", "chinese")
-
-
-def align(reference: list[str], hypothesis: list[str]) -> list[tuple[str | None, str | None]]:
-    """Aligned pairs (reference, hypothesis), None for a gap: sclite's alignment (dynamic programming, row by row)."""
-    n, m = len(reference), len(hypothesis)
-    ids: dict[str, int] = {}
-    r = np.array([ids.setdefault(token, len(ids)) for token in reference], dtype=np.int32)
-    h = np.array([ids.setdefault(token, len(ids)) for token in hypothesis], dtype=np.int32)
-    ramp = GAP * np.arange(m + 1, dtype=np.int32)
-    cost, insert, diagonal = ramp, np.ones((n + 1, m + 1), dtype=bool), np.zeros((n + 1, m + 1), dtype=bool)
-    for i in range(1, n + 1):
-        above, cost = cost, cost + GAP
-        across = above[:-1] + SUBSTITUTION * (h != r[i - 1])
-        np.minimum(cost[1:], across, out=cost[1:])
-        cost = np.minimum.accumulate(cost - ramp) + ramp  # insertions, left to right
-        diagonal[i, 1:] = cost[1:] == across
-        insert[i, 1:], insert[i, 0] = cost[1:] == cost[:-1] + GAP, False
-    pairs: list[tuple[str | None, str | None]] = []
-    i, j = n, m
-    while i or j:  # where several paths cost the same, sclite's choice: diagonal, then insertion
-        if diagonal[i, j]:
-            i, j = i - 1, j - 1
-            pairs.append((reference[i], hypothesis[j]))
-        elif insert[i, j]:
-            j -= 1
-            pairs.append((None, hypothesis[j]))
-        else:
-            i -= 1
-            pairs.append((reference[i], None))
-    return pairs[::-1]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Alignment counts; they add up."""
-
-    hits: int = 0
-    substitutions: int = 0
-    deletions: int = 0
-    insertions: int = 0
-
-    @classmethod
-    def of(cls, pairs: Iterable[tuple[str | None, str | None]]) -> "Counts":
-        hits = substitutions = deletions = insertions = 0
-        for reference, hypothesis in pairs:
-            if reference is None:
-                insertions += 1
-            elif hypothesis is None:
-                deletions += 1
-            elif reference == hypothesis:
-                hits += 1
-            else:
-                substitutions += 1
-        return cls(hits, substitutions, deletions, insertions)
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.hits + other.hits,
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-        )
-
-    @property
-    def reference_length(self) -> int:
-        return self.hits + self.substitutions + self.deletions
-
-    @property
-    def errors(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
-
-    @property
-    def rate(self) -> float | None:
-        """Errors for each reference token; None where there is no reference token to divide by."""
-        return self.errors / self.reference_length if self.reference_length else None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Utterance:
     key: str
+    reference: str  # normalised, as is the hypothesis
+    hypothesis: str
     words: Counts
     characters: Counts
-    pairs: list[tuple[str | None, str | None]]
+    mixed: Counts  # of Han characters and kana, and of words in other scripts
     hallucination: str  # "refusal", "loop" or ""
+
+    def __str__(self) -> str:
+        note = f" [{self.hallucination}]" if self.hallucination else ""
+        return f"{self.key}: {self.words.percent}, {self.words.errors} errors{note}"
+
+    @property
+    def pairs(self) -> list[tuple[str | None, str | None]]:
+        return align(self.reference.split(), self.hypothesis.split())
 
 
 @dataclass(frozen=True)
 class Score:
-    """WER and CER of a set. `faithful` is the WER after leaving out the utterances that are plain hallucinations."""
+    """WER, CER and MER of a set. `faithful` is the WER without the utterances that are plain hallucinations."""
 
     utterances: list[Utterance]
     missing: list[str]
@@ -163,8 +69,17 @@ class Score:
         return sum((u.characters for u in self.utterances), Counts())
 
     @property
+    def mixed(self) -> Counts:
+        return sum((u.mixed for u in self.utterances), Counts())
+
+    @property
     def faithful(self) -> Counts:
         return sum((u.words for u in self.utterances if not u.hallucination), Counts())
+
+    @property
+    def worst(self) -> list[Utterance]:
+        """Most errors first."""
+        return sorted(self.utterances, key=lambda u: (u.words.errors, u.words.rate or 0), reverse=True)
 
 
 def hallucination(reference: str, hypothesis: str) -> str:
@@ -173,10 +88,10 @@ def hallucination(reference: str, hypothesis: str) -> str:
     A refusal begins as REFUSAL says where the reference does not. A loop says a unit of at most LOOP_UNIT tokens at least
     LOOP_TIMES in a row and is longer than the reference.
     """
-    ref, hyp = (" ".join(_basic(text).split()) for text in (reference, hypothesis))
+    ref, hyp = (" ".join(basic(text).split()) for text in (reference, hypothesis))
     if REFUSAL.match(hyp) and not REFUSAL.match(ref):
         return "refusal"
-    ref_tokens, tokens = _chinese(ref).split(), _chinese(hyp).split()
+    ref_tokens, tokens = mixed(ref).split(), mixed(hyp).split()
     for unit in range(1, LOOP_UNIT + 1) if len(tokens) > len(ref_tokens) else ():
         run = 0
         for earlier, later in zip(tokens, tokens[unit:], strict=False):
@@ -186,7 +101,7 @@ def hallucination(reference: str, hypothesis: str) -> str:
     return ""
 
 
-def score(references: dict[str, str], hypotheses: dict[str, str], normalize: Callable[[str], str] = _basic) -> Score:
+def score(references: dict[str, str], hypotheses: dict[str, str], normalize: Callable[[str], str] = basic) -> Score:
     """Score hypotheses against references, both key → text, in the references' order.
 
     A missing hypothesis counts as deletions. Raises ScoreError for a hypothesis whose key no reference has.
@@ -194,80 +109,47 @@ def score(references: dict[str, str], hypotheses: dict[str, str], normalize: Cal
     unknown = [key for key in hypotheses if key not in references]
     if unknown:
         raise ScoreError(f"{len(unknown)} keys are not in the reference, the first is {unknown[0]!r}: is it the same set?")
+    given = [(key, references[key], hypotheses.get(key, "")) for key in references]
+    texts = [tuple(" ".join(normalize(text).split()) for text in pair) for _, *pair in given]
+    words = alignments((ref.split(), hyp.split()) for ref, hyp in texts)
+    characters = alignments((ref.replace(" ", ""), hyp.replace(" ", "")) for ref, hyp in texts)
+    others = alignments((mixed(ref).split(), mixed(hyp).split()) for ref, hyp in texts if HAS_CJK.search(ref + hyp))
     utterances = []
-    for key, reference in references.items():
-        hypothesis = hypotheses.get(key, "")
-        ref, hyp = normalize(reference).split(), normalize(hypothesis).split()
-        pairs = align(ref, hyp)
-        characters = Counts.of(align(list("".join(ref)), list("".join(hyp))))
-        utterances.append(Utterance(key, Counts.of(pairs), characters, pairs, hallucination(reference, hypothesis)))
+    for (key, *pair), (ref, hyp), steps, spelled in zip(given, texts, words, characters, strict=True):
+        counts = Counts.of(steps)
+        other = Counts.of(next(others)) if HAS_CJK.search(ref + hyp) else counts
+        utterances.append(Utterance(key, ref, hyp, counts, Counts.of(spelled), other, hallucination(*pair)))
     return Score(utterances, [key for key in references if key not in hypotheses])
 
 
-def read_texts(path: str | Path) -> dict[str, str]:
-    """key → text of a jsonl (`key` or `wav`, `txt`) or of lines `key text`; raises ScoreError naming file and line."""
-    texts: dict[str, str] = {}
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ScoreError(f"{path}: cannot read ({error.strerror})") from None
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            line = raw.decode("utf-8").rstrip("\r")
-        except UnicodeDecodeError as error:
-            raise ScoreError(f"{path}:{number}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
-        if not line.strip():
-            continue
-        json_line = line.lstrip().startswith("{") or str(path).endswith(".jsonl")
-        key, text = _json_line(line, f"{path}:{number}") if json_line else _text_line(line)
-        if key in texts:
-            raise ScoreError(f"{path}:{number}: key {key!r} was seen before: keys must be unique")
-        texts[key] = text
-    return texts
-
-
-def _text_line(line: str) -> tuple[str, str]:
-    key, *text = line.split(maxsplit=1)
-    return key, text[0] if text else ""
-
-
-def _json_line(line: str, where: str) -> tuple[str, str]:
-    try:
-        item = json.loads(line)
-        key, text = item.get("key", item.get("wav")), item.get("txt")
-        start, end = item.get("start"), item.get("end")
-        if "key" not in item and (start, end) != (None, None):  # a part of a file: manifest.py's rule
-            key = f"{key}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
-    except (ValueError, AttributeError, TypeError):
-        raise ScoreError(f"{where}: not a JSON object") from None
-    if not isinstance(key, str) or not isinstance(text, str):
-        raise ScoreError(f'{where}: needs the fields "key" (or "wav") and "txt", both texts')
-    return key, text
-
-
-def _percent(counts: Counts) -> str:
-    return "n/a (no reference)" if counts.rate is None else f"{100 * counts.rate:.2f} %"
+# --- what is printed
 
 
 def _line(name: str, counts: Counts, unit: str) -> str:
     parts = f"S {counts.substitutions}, D {counts.deletions}, I {counts.insertions}"
-    return f"{name}: {_percent(counts)} ({parts}; {counts.reference_length} reference {unit})"
+    return f"{name}: {counts.percent} ({parts}; {counts.reference_length} reference {unit})"
 
 
 def report(result: Score, normalizer_name: str) -> str:
-    """What the command line prints."""
+    """What the command line prints of one result."""
     left_out = [u.hallucination for u in result.utterances if u.hallucination]
     lines = [
-        f"normalizer: {normalizer_name}; {len(result.utterances)} utterances",
+        f"normalizer: {versioned(normalizer_name)}; {len(result.utterances)} utterances",
         _line("WER", result.words, "words"),
         _line("CER", result.characters, "characters"),
         _line("WER without hallucinations", result.faithful, "words")
         + f"; left out: {left_out.count('refusal')} refusals, {left_out.count('loop')} loops",
     ]
+    if result.mixed != result.words:
+        lines.append(_line("MER", result.mixed, "words and Chinese or Japanese characters"))
     if result.missing:
-        some = ", ".join(result.missing[:5]) + (", …" if len(result.missing) > 5 else "")
-        lines.append(f"missing hypotheses, counted as deletions: {len(result.missing)} ({some})")
+        lines.append(missing(result))
     return "\n".join(lines)
+
+
+def missing(result: Score) -> str:
+    some = ", ".join(result.missing[:5]) + (", …" if len(result.missing) > 5 else "")
+    return f"missing hypotheses, counted as deletions: {len(result.missing)} ({some})"
 
 
 def aligned(utterance: Utterance) -> str:
@@ -279,26 +161,129 @@ def aligned(utterance: Utterance) -> str:
         width = max(map(len, cells))
         for row, cell in zip(rows, cells, strict=True):
             row.append((cell.upper() if wrong else cell).ljust(width))
-    note = f" [{utterance.hallucination}]" if utterance.hallucination else ""
-    head = f"{utterance.key}: {_percent(utterance.words)}, {utterance.words.errors} errors{note}"
-    return "\n".join([head, f"  REF: {' '.join(rows[0])}".rstrip(), f"  HYP: {' '.join(rows[1])}".rstrip()])
+    lines = [str(utterance), f"  REF: {' '.join(rows[0])}".rstrip(), f"  HYP: {' '.join(rows[1])}".rstrip()]
+    return "\n".join(lines)
+
+
+def paragraphs(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespace) -> Iterator[str]:
+    """What is printed when it is neither csv nor json."""
+    single = len(tests) == len(tests[0].results) == 1
+    for test in tests:
+        for system, result in test.results.items():
+            said = [*map(aligned, result.worst), ""] if args.per_utterance else []
+            if single and not args.format:
+                said.append(report(result, args.normalizer))
+            elif result.missing:
+                said.append(missing(result))
+            said += test.error_lines(result, args.errors) if args.errors else []
+            if said:
+                yield "\n".join(said if single else [f"{system} on {test.name}:", *said])
+    if not single or args.by or args.format:
+        yield markdown(rows, args.by)
+    notes = [] if single and not args.format else [f"normalizer: {versioned(args.normalizer)}"]
+    notes += [verdict(row, next(iter(tests[0].results))) for row in rows if "p" in row]
+    if single and args.bootstrap:
+        notes += [
+            f"WER of 95 % of the resamples: {row['WER low']:.2f} to {row['WER high']:.2f} %"
+            for row in rows
+            if "WER low" in row
+        ]
+    if args.bootstrap:
+        notes.append(f"(paired bootstrap over utterances: {args.bootstrap} resamples, seed {args.seed})")
+    if notes:
+        yield "\n".join(notes)
+
+
+# --- the command line
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ref", required=True, nargs="+", metavar="[SET=]FILE", help="jsonl, or lines `key text`")
+    parser.add_argument(
+        "--hyp",
+        required=True,
+        nargs="+",
+        metavar="[SYSTEM=]FILE",
+        help="result.txt, .jsonl or .tsv; with several sets each system has a file for each, in the order of --ref",
+    )
+    parser.add_argument("--normalizer", choices=NORMALIZERS, default="basic", help="default: basic")
+    parser.add_argument("--by", metavar="FIELD", help="a row for each value of this field of --ref: speaker, duration, …")
+    parser.add_argument("--format", choices=("markdown", "csv", "json"), help="of the table; rates in percent")
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="resamples for intervals; 10,000 with several systems")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling")
+    parser.add_argument("--errors", type=int, nargs="?", const=10, metavar="N", help="the N most frequent, and worst clips")
+    parser.add_argument("--per_utterance", action="store_true", help="aligned pairs, most errors first")
+    parser.add_argument("--trn", type=Path, nargs="?", const=Path(), metavar="DIR", help="write ref.trn, hyp.trn for sclite")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")
+    return parser.parse_args(argv)
+
+
+def read_and_score(name: str, path: str, files: dict[str, str], args: argparse.Namespace, with_raw: bool) -> ScoredSet:
+    """A reference and the systems' files; raises ScoreError."""
+    fields: dict[str, dict] = {field: {} for field in ("duration", "wav", "start", "end", args.by) if field}
+    references, results, raw = read_texts(path, fields), {}, {}
+    if args.by and not fields[args.by]:
+        raise ScoreError(f'{path}: no line has the field "{args.by}"')
+    for system, file in files.items():
+        hypotheses = read_texts(file, text_field="text")
+        try:
+            results[system] = score(references, hypotheses, normalizer(args.normalizer))
+        except ScoreError as error:
+            raise ScoreError(f"{file}: {error}") from None
+        raw |= {system: score(references, hypotheses, none)} if with_raw else {}
+    return ScoredSet(name, Path(path), fields, results, raw)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ref", required=True, help="jsonl, or lines `key text`")
-    parser.add_argument("--hyp", required=True, help="result.txt: lines `key text`, or jsonl")
-    parser.add_argument("--normalizer", choices=NORMALIZERS, default="basic", help="default: basic")
-    parser.add_argument("--per_utterance", action="store_true", help="aligned pairs, most errors first")
-    args = parser.parse_args(argv)
     try:
-        result = score(read_texts(args.ref), read_texts(args.hyp), normalizer(args.normalizer))
+        run(arguments(argv))
     except ScoreError as error:
         sys.exit(f"error: {error}")
-    if args.per_utterance:
-        worst = sorted(result.utterances, key=lambda u: (u.words.errors, u.words.rate or 0), reverse=True)
-        print("\n".join(map(aligned, worst)), end="\n\n")
-    print(report(result, args.normalizer))
+
+
+def run(args: argparse.Namespace) -> None:
+    sets, systems = files_by_name(args.ref, args.hyp)
+    single = len(sets) == len(systems) == 1
+    if args.format in ("csv", "json") and (args.per_utterance or args.errors):
+        raise ScoreError("--per_utterance and --errors are text: leave --format away")
+    if (args.bootstrap or 0) < 0:
+        raise ScoreError(f"--bootstrap {args.bootstrap}: a number of resamples, or 0 for none")
+    if args.bootstrap is None:
+        args.bootstrap = 0 if single else RESAMPLES
+    with_raw = args.normalizer != "none" and (not single or bool(args.by or args.format))
+    tests = [
+        read_and_score(name, path, {system: files[place] for system, files in systems.items()}, args, with_raw)
+        for place, (name, path) in enumerate(sets.items())
+    ]
+    rows = [row for test in tests for row in test.rows(args.by, args.bootstrap, args.seed)]
+    if args.format == "json":
+        told = {"normalizer": versioned(args.normalizer), "resamples": args.bootstrap, "seed": args.seed, "rows": rows}
+        print(json.dumps(told, ensure_ascii=False, indent=1))
+    elif args.format == "csv":
+        writer = csv.DictWriter(sys.stdout, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print("\n\n".join(paragraphs(tests, rows, args)))
+    write_files(tests, rows, args)
+
+
+def write_files(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespace) -> None:
+    """--trn and --html; raises ScoreError."""
+    single = len(tests) == len(tests[0].results) == 1
+    try:
+        for test in tests if args.trn else ():
+            for system, result in test.results.items():
+                folder = args.trn if single else args.trn / re.sub(r"[^\w.-]", "_", f"{system}.{test.name}")
+                folder.mkdir(parents=True, exist_ok=True)
+                write_trn(folder / "ref.trn", ((u.key, u.reference) for u in result.utterances))
+                write_trn(folder / "hyp.trn", ((u.key, u.hypothesis) for u in result.utterances))
+        if args.html:
+            totals = [row for row in rows if row.get(args.by, ALL) == ALL]
+            write_page(args.html, tests, totals, versioned(args.normalizer), args.by)
+    except OSError as error:
+        raise ScoreError(f"{error.filename}: cannot write ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import longform
+from align import Counts, count
 from audio import SAMPLE_RATE, load_audio
 from manifest import Record, read_manifest
 from recognize import DecodeArguments, Transcriber, recognize, use_shipped
-from score import Counts, align, normalizer
+from score import normalizer
 from settings import ModelArguments, one_line_errors
 
 DATA = Path(__file__).resolve().parent.parent / "demo" / "data"
@@ -52,7 +53,7 @@ def make(path: Path, minutes: float, seed: int, silence_db: float) -> list[Recor
 def errors(pairs: list[tuple[str, str]]) -> Counts:
     """Word errors of (reference, hypothesis) texts."""
     normalize = normalizer("english")
-    return sum((Counts.of(align(*(normalize(text).split() for text in pair))) for pair in pairs), Counts())
+    return sum((count(*(normalize(text).split() for text in pair)) for pair in pairs), Counts())
 
 
 def main() -> None:
