@@ -1,0 +1,343 @@
+"""Speech without transcripts → training data: a Whisper teacher writes what it hears, a filter keeps what can be trusted.
+
+    python label.py --teacher large-v3 --data_path speech.jsonl --out labelled     # labels, then the filter
+    python label.py --out labelled --min_avg_logprob -0.3                          # other limits: the filter alone
+
+OUT/labels.jsonl has what was heard in every clip, whatever its quality; OUT/kept.jsonl, a manifest to train on, the lines
+within the limits; OUT/dropped.jsonl the others, each with its reasons. A line that has a transcript is judged by it alone:
+--max_wer, of the teacher's text against it. One without is judged by how sure the teacher was, how repetitive and how fast
+its text is, and, with --teacher2 or --beam_size2, by how far a second decoding differs.
+
+Every clip is padded to 30 s, as in Whisper's own training: with less, its decoder does not know when to stop. Labelling
+that was interrupted, by kill -9 too, continues when it is started again. Raises InputError.
+"""
+
+import json
+import operator
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import whisper
+from tqdm import tqdm
+from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE
+from whisper.decoding import DecodingOptions, DecodingResult
+from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
+
+from audio import load_audio, log_mel
+from manifest import Record, read_manifest
+from recognize import cut_at_pauses, out_of_memory, usable_device
+from score import NORMALIZERS, Counts, align, normalizer
+from settings import InputError, first_line, one_line_errors, parse
+
+LONGEST = N_SAMPLES // SAMPLE_RATE  # seconds
+FIGURES = frozenset("0123456789%$£€¥")
+HOW_SURE = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as Whisper measures them
+BY_CHARACTER = ("zh", "yue", "ja")  # languages whose errors are counted by characters
+NORMALIZER_OF = {"en": "english", "zh": "chinese", "yue": "chinese", "ja": "japanese"}  # else basic
+
+
+@dataclass
+class LabelArguments:
+    """How the teacher listens: another value makes another set of labels."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Whisper by openai-whisper's name, or a .pt file."})
+    data_path: str | None = field(default=None, metadata={"help": 'Manifest (jsonl) of the speech, with or without "txt".'})
+    language: str | None = field(default=None, metadata={"help": "en, zh, ja …; by default the teacher finds out."})
+    beam_size: int = field(default=1, metadata={"help": "Of its beam search; 1 (default) is greedy."})
+    timestamps: bool = field(
+        default=False, metadata={"help": "Cut clips over 30 s by Whisper's timestamps; else they are dropped."}
+    )
+    suppress_numerals: bool = field(default=False, metadata={"help": "No figures: numbers are written as words."})
+    teacher2: str | None = field(default=None, metadata={"help": "A second Whisper, to see where both agree."})
+    beam_size2: int | None = field(
+        default=None, metadata={"help": "Its beam, by default the first one's. Alone: the same teacher once more."}
+    )
+
+
+@dataclass
+class FilterArguments:
+    """What is kept: limits, named after the measures in a line."""
+
+    max_wer: float = field(default=10, metadata={"help": "Teacher against transcript, in %% (CER in zh, yue and ja)."})
+    max_disagreement: float = field(default=10, metadata={"help": "Second decoding against the first, as --max_wer."})
+    min_avg_logprob: float = field(default=-0.5, metadata={"help": "Mean log-probability of the teacher's tokens."})
+    max_compression_ratio: float = field(default=2.4, metadata={"help": "Of the text, by zlib: loops compress well."})
+    max_no_speech_prob: float = field(default=0.6, metadata={"help": "Probability that nobody speaks."})
+    min_chars_per_second: float = field(default=2, metadata={"help": "Without spaces. Less: words were missed."})
+    max_chars_per_second: float = field(default=25, metadata={"help": "More: words were invented. Chinese has 3 to 8."})
+    normalizer: str | None = field(
+        default=None, metadata={"help": f"Of score.py: {', '.join(NORMALIZERS)}; by default the language's."}
+    )
+    text: Literal["transcript", "teacher"] = field(
+        default="transcript", metadata={"help": "Whose words are kept of a line that has a transcript."}
+    )
+    plain: bool = field(default=False, metadata={"help": "Keep small letters without punctuation (score.py's basic)."})
+
+
+@dataclass
+class RunArguments:
+    out: str | None = field(default=None, metadata={"help": "Folder of labels.jsonl, kept.jsonl and dropped.jsonl."})
+    batch_size: int = field(default=16, metadata={"help": "Clips that are decoded together."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; by default the best there is."})
+
+
+class Listener:
+    """A Whisper model and how it is to listen."""
+
+    def __init__(self, name: str, beam_size: int, args: LabelArguments, run: RunArguments) -> None:
+        device = usable_device(run.device)
+        try:
+            self.model = whisper.load_model(name, device=device)
+        except Exception as error:  # no such file, no network, no checkpoint: a dozen types
+            names = ", ".join(whisper.available_models())
+            raise InputError(
+                f"cannot load the teacher {name!r} ({first_line(error)}): a .pt file, or one of {names}"
+            ) from None
+        multilingual, self.batch_size = self.model.is_multilingual, run.batch_size
+        if not multilingual and args.language not in (None, "en"):
+            raise InputError(f"--language {args.language}: the teacher {name} knows English alone")
+        language = args.language if multilingual else "en"
+        self.tokenizer = get_tokenizer(multilingual, num_languages=self.model.num_languages, language=language)
+        ids = range(self.tokenizer.eot if args.suppress_numerals else 0)
+        self.options = DecodingOptions(
+            language=language,
+            beam_size=beam_size if beam_size > 1 else None,
+            without_timestamps=not args.timestamps,
+            suppress_tokens=[-1, *(i for i in ids if FIGURES.intersection(self.tokenizer.decode([i])))],
+            fp16=device.type == "cuda",
+        )
+
+    def hear(self, clips: Sequence[np.ndarray]) -> Iterator[DecodingResult]:
+        """What Whisper makes of each clip, float32 (samples,) of at most 30 s at 16 kHz."""
+        for first in range(0, len(clips), self.batch_size):
+            batch = clips[first : first + self.batch_size]
+            mel = torch.stack([log_mel(clip, self.model.dims.n_mels, "30s") for clip in batch])  # (B, n_mels, 3000)
+            try:
+                yield from whisper.decode(self.model, mel.to(self.model.device), self.options)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    raise InputError(
+                        f"out of memory on {len(batch)} clips: start again with a smaller --batch_size"
+                    ) from None
+                raise
+
+
+def phrases(tokens: Sequence[int], tokenizer: Tokenizer, seconds: float) -> Iterator[tuple[float, float, str]]:
+    """(start, end, text) of what Whisper put between two timestamps, or after the last one, in so many seconds."""
+    start, ids = 0.0, []
+    for token in [*tokens, None]:
+        if token is not None and token < tokenizer.timestamp_begin:
+            ids.append(token)
+            continue
+        time = seconds if token is None else (token - tokenizer.timestamp_begin) * N_SAMPLES_PER_TOKEN / SAMPLE_RATE
+        time = min(time, seconds)  # the padding has times too
+        if ids and time > start:
+            yield start, time, tokenizer.decode(ids)
+        start, ids = time, []
+
+
+def label(listeners: Sequence[Listener], records: Sequence[Record], timestamps: bool) -> list[list[dict]]:
+    """The lines of each record: one, or one a phrase if it is over 30 s; one without "txt" where it cannot be labelled.
+
+    The first listener writes "txt" and how sure it was, the second, if there is one, "txt2".
+    """
+    lines: list[list[dict]] = [[] for _ in records]
+    pieces: list[tuple[int, float | None, np.ndarray]] = []  # record, where in it (seconds; None: all of it), samples
+    for i, record in enumerate(records):
+        try:
+            audio, problem = load_audio(record.wav)
+        except InputError as error:
+            audio, problem = np.zeros(0, np.float32), str(error)
+        if problem or not len(audio):
+            lines[i].append(named(record) | {"problem": problem or "has no samples"})
+        elif len(audio) <= N_SAMPLES:
+            pieces.append((i, None, audio))
+        elif not timestamps:
+            lines[i].append(named(record) | {"duration": len(audio) / SAMPLE_RATE})
+        else:
+            cuts = cut_at_pauses(audio)
+            starts = np.cumsum([0, *map(len, cuts)]) / SAMPLE_RATE
+            pieces += [(i, float(start), cut) for start, cut in zip(starts, cuts, strict=False)]
+    spoken: list[tuple[dict, np.ndarray]] = []
+    for (i, at, piece), heard in zip(pieces, listeners[0].hear([piece for *_, piece in pieces]), strict=True):
+        spans = [(0.0, len(piece) / SAMPLE_RATE, heard.text)]
+        if at is not None:
+            spans = list(phrases(heard.tokens, listeners[0].tokenizer, spans[0][1])) or spans
+        for start, end, text in spans:
+            line = named(records[i])
+            if at is not None:
+                line["key"] += f"@{at + start:.2f}"
+                line |= {"start": round(at + start, 3), "end": round(at + end, 3)}
+            elif records[i].txt is not None:
+                line["transcript"] = records[i].txt
+            line |= {"txt": " ".join(text.split()), "duration": round(end - start, 3), "language": heard.language}
+            line |= {name: round(getattr(heard, name), 4) for name in HOW_SURE}
+            lines[i].append(line)
+            spoken.append((line, piece[int(start * SAMPLE_RATE) : int(end * SAMPLE_RATE)]))
+    for second in listeners[1:]:
+        for (line, _), heard in zip(spoken, second.hear([clip for _, clip in spoken]), strict=True):
+            line["txt2"] = " ".join(heard.text.split())
+    return lines
+
+
+def named(record: Record) -> dict:
+    return {"key": record.key, "wav": os.path.abspath(record.wav)}
+
+
+def batches(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]]:
+    """Clips of like durations together, so that their texts end together; a clip over 30 s alone."""
+    batch: list[Record] = []
+    for record in sorted(records, key=lambda record: record.duration or 0):
+        batch.append(record)
+        if len(batch) == batch_size or (record.duration or 0) > LONGEST:
+            yield batch
+            batch = []
+    yield from [batch] if batch else []
+
+
+def read_lines(path: Path) -> list:
+    """The JSON lines of a file that label.py wrote; a last line that a kill cut off is left out."""
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]
+
+
+def write_lines(path: Path, lines: Iterable) -> None:
+    """A JSON line each, and at once: the file is all there or as it was before."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    os.replace(new, path)
+
+
+def label_manifest(args: LabelArguments, run: RunArguments, out: Path) -> None:
+    """Write OUT/labels.jsonl, in the manifest's order; finished clips wait in OUT/labels.partial, a JSON line each."""
+    manifest = read_manifest(args.data_path, need_txt=False)
+    made_by = asdict(args) | {"data_path": sha256(manifest.path.read_bytes()).hexdigest()}
+    labels, partial, how = out / "labels.jsonl", out / "labels.partial", out / "labels.json"
+    out.mkdir(parents=True, exist_ok=True)
+    (before,) = read_lines(how) or [made_by]
+    if different := [name for name in made_by if before.get(name) != made_by[name]]:
+        raise InputError(f"{out} has labels with another {', '.join(different)}: give another --out, or remove that one")
+    if labels.exists():
+        print(f"{labels} is there: nothing to label", file=sys.stderr)
+        return
+    write_lines(how, [made_by])
+    done: dict[str, list[dict]] = dict(read_lines(partial))
+    write_lines(partial, done.items())
+    todo = [record for record in manifest if record.key not in done]
+    if done:
+        print(f"continuing: {len(done)} of {len(manifest)} are labelled", file=sys.stderr)
+    listeners = [Listener(args.teacher, args.beam_size, args, run)]
+    if args.teacher2 or args.beam_size2:
+        listeners.append(Listener(args.teacher2 or args.teacher, args.beam_size2 or args.beam_size, args, run))
+    with tqdm(total=len(todo), unit="clip", disable=None) as bar, partial.open("a", encoding="utf-8") as file:
+        for batch in batches(todo, run.batch_size):
+            for record, lines in zip(batch, label(listeners, batch, args.timestamps), strict=True):
+                done[record.key] = lines
+                print(json.dumps([record.key, lines], ensure_ascii=False), file=file, flush=True)
+            bar.update(len(batch))
+    write_lines(labels, (line for record in manifest for line in done[record.key]))
+    partial.unlink()
+
+
+_normalizer = cache(normalizer)
+
+
+def error_rate(reference: str, hypothesis: str, language: str, normalizer_name: str | None) -> float:
+    """WER after normalisation, in %, or CER where a language is written without spaces; of one word if there is none."""
+    by_language = NORMALIZER_OF.get(language, "basic")
+    normalize = _normalizer(normalizer_name or (by_language if by_language in NORMALIZERS else "basic"))
+    ref, hyp = (normalize(text).split() for text in (reference, hypothesis))
+    if language in BY_CHARACTER:
+        ref, hyp = list("".join(ref)), list("".join(hyp))
+    return 100 * Counts.of(align(ref, hyp)).errors / max(len(ref), 1)
+
+
+def measured(line: dict, args: FilterArguments) -> dict:
+    """A label with all that the limits are about."""
+    if "txt" not in line:
+        return line
+    letters = len("".join(line["txt"].split()))
+    line = line | {"chars_per_second": round(letters / max(line["duration"], 0.01), 2)}
+    for name, measure, reference, hypothesis in (
+        ("transcript", "wer", "transcript", "txt"),
+        ("txt2", "disagreement", "txt", "txt2"),
+    ):
+        if name in line:
+            line[measure] = round(error_rate(line[reference], line[hypothesis], line["language"], args.normalizer), 2)
+    return line
+
+
+def faults(line: dict, args: FilterArguments) -> dict[str, str]:
+    """Rule → how a measured line breaks it; empty: it is kept."""
+    if "txt" not in line:
+        return {"cannot be read": line["problem"]} if "problem" in line else {"over 30 s": "--timestamps would cut it"}
+    judged = ["wer"] if "wer" in line else [*HOW_SURE, "chars_per_second", "disagreement"]
+    found = {"nothing heard": "no text"} if not line["txt"] and "wer" not in line else {}
+    for name in filter(line.__contains__, judged):
+        for side, beyond in (("min", operator.lt), ("max", operator.gt)):
+            limit = getattr(args, f"{side}_{name}", None)
+            if limit is not None and beyond(line[name], limit):
+                found[f"--{side}_{name} {limit:g}"] = f"{name} is {line[name]:g}"
+    return found
+
+
+def keep(args: FilterArguments, out: Path) -> int:
+    """OUT/labels.jsonl → kept.jsonl and dropped.jsonl; prints the table, returns how many files could not be read."""
+    if not (out / "labels.jsonl").exists():
+        raise InputError(f"{out}: no labels.jsonl in it: give --teacher and --data_path to make it")
+    plain = _normalizer("basic")
+    kept, dropped, reasons, hours = [], [], Counter(), Counter()
+    lines = [measured(line, args) for line in read_lines(out / "labels.jsonl")]
+    for line in lines:
+        found = faults(line, args)
+        for row in ("all", "kept") if not found else ("all", *found):
+            reasons[row] += 1
+            hours[row] += line.get("duration", 0) / 3600
+        if found:
+            dropped.append(line | {"dropped": found})
+            continue
+        txt = line["transcript"] if args.text == "transcript" and "transcript" in line else line["txt"]
+        kept.append(line | {"txt": " ".join(plain(txt).split()) if args.plain else txt, "heard": line["txt"]})
+    write_lines(out / "kept.jsonl", kept)
+    write_lines(out / "dropped.jsonl", dropped)
+    print("| lines of labels.jsonl | number | hours |\n|---|---|---|")
+    for row in ("all", "kept", *sorted(set(reasons) - {"all", "kept"})):
+        print(f"| {row if row in ('all', 'kept') else f'dropped: {row}'} | {reasons[row]} | {hours[row]:.2f} |")
+    return reasons["cannot be read"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    with one_line_errors():
+        args, limits, run = parse((LabelArguments, FilterArguments, RunArguments), argv)
+        if not run.out:
+            raise InputError("give --out, a folder for labels.jsonl, kept.jsonl and dropped.jsonl")
+        if bool(args.teacher) != bool(args.data_path):
+            raise InputError("give both --teacher and --data_path to label, or neither to filter --out again")
+        if args.language not in (None, *LANGUAGES):
+            raise InputError(f"--language {args.language}: Whisper knows {', '.join(LANGUAGES)}")
+        if limits.normalizer not in (None, *NORMALIZERS):
+            raise InputError(f"--normalizer {limits.normalizer}: there are {', '.join(NORMALIZERS)}")
+        if min(args.beam_size, args.beam_size2 or 1, run.batch_size) < 1:
+            raise InputError("--beam_size, --beam_size2 and --batch_size must be at least 1")
+        try:
+            if args.teacher:
+                label_manifest(args, run, Path(run.out))
+            return 1 if keep(limits, Path(run.out)) else 0
+        except OSError as error:  # bad files are told one by one: what is left is the folder
+            raise InputError(f"{error.filename or run.out}: cannot write ({error.strerror})") from None
+        except KeyboardInterrupt:
+            raise InputError("interrupted: the same command continues where it stopped") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
