@@ -27,9 +27,10 @@ from typing import Literal
 import numpy as np
 import torch
 import whisper
+from torch import Tensor
 from tqdm import tqdm
 from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE
-from whisper.decoding import DecodingOptions, DecodingResult
+from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from audio import load_audio, log_mel
@@ -90,6 +91,16 @@ class RunArguments:
     device: str | None = field(default=None, metadata={"help": "cuda, cpu …; by default the best there is."})
 
 
+class BatchedTask(DecodingTask):
+    """Whisper's decoding of several clips with several beams: openai-whisper 20250625 repeats the tokens, not the speech."""
+
+    def _get_audio_features(self, mel: Tensor) -> Tensor:
+        return super()._get_audio_features(mel).repeat_interleave(self.n_group, dim=0)  # (B · beams, 1500, d)
+
+    def _detect_language(self, audio_features: Tensor, tokens: Tensor) -> tuple:
+        return super()._detect_language(audio_features[:: self.n_group], tokens)
+
+
 class Listener:
     """A Whisper model and how it is to listen."""
 
@@ -122,7 +133,7 @@ class Listener:
             batch = clips[first : first + self.batch_size]
             mel = torch.stack([log_mel(clip, self.model.dims.n_mels, "30s") for clip in batch])  # (B, n_mels, 3000)
             try:
-                yield from whisper.decode(self.model, mel.to(self.model.device), self.options)
+                yield from BatchedTask(self.model, self.options).run(mel.to(self.model.device))
             except (RuntimeError, MemoryError) as error:
                 if out_of_memory(error):
                     raise InputError(
