@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,59 +36,55 @@ from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 from audio import load_audio, log_mel
 from manifest import Record, read_manifest
 from recognize import cut_at_pauses, out_of_memory, usable_device
-from score import NORMALIZERS, Counts, align, normalizer
+from score import NORMALIZERS, normalizer, score
 from settings import InputError, first_line, one_line_errors, parse
 
 LONGEST = N_SAMPLES // SAMPLE_RATE  # seconds
 FIGURES = frozenset("0123456789%$£€¥")
 HOW_SURE = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as Whisper measures them
 BY_CHARACTER = ("zh", "yue", "ja")  # languages whose errors are counted by characters
-NORMALIZER_OF = {"en": "english", "zh": "chinese", "yue": "chinese", "ja": "japanese"}  # else basic
+NORMALIZER_OF = {"en": "english", "zh": "chinese", "yue": "chinese"}  # else basic
+
+
+def flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class LabelArguments:
     """How the teacher listens: another value makes another set of labels."""
 
-    teacher: str | None = field(default=None, metadata={"help": "Whisper by openai-whisper's name, or a .pt file."})
-    data_path: str | None = field(default=None, metadata={"help": 'Manifest (jsonl) of the speech, with or without "txt".'})
-    language: str | None = field(default=None, metadata={"help": "en, zh, ja …; by default the teacher finds out."})
-    beam_size: int = field(default=1, metadata={"help": "Of its beam search; 1 (default) is greedy."})
-    timestamps: bool = field(
-        default=False, metadata={"help": "Cut clips over 30 s by Whisper's timestamps; else they are dropped."}
-    )
-    suppress_numerals: bool = field(default=False, metadata={"help": "No figures: numbers are written as words."})
-    teacher2: str | None = field(default=None, metadata={"help": "A second Whisper, to see where both agree."})
-    beam_size2: int | None = field(
-        default=None, metadata={"help": "Its beam, by default the first one's. Alone: the same teacher once more."}
-    )
+    teacher: str | None = flag(None, "Whisper by openai-whisper's name, or a .pt file.")
+    data_path: str | None = flag(None, 'Manifest (jsonl) of the speech, with or without "txt".')
+    language: str | None = flag(None, "en, zh, ja …; by default the teacher finds out, clip by clip.")
+    beam_size: int = flag(1, "Of its beam search; 1 is greedy.")
+    timestamps: bool = flag(False, "Cut clips over 30 s by Whisper's timestamps; else they are dropped.")
+    suppress_numerals: bool = flag(False, "No figures: numbers are written as words.")
+    teacher2: str | None = flag(None, "A second Whisper, to see where both agree.")
+    beam_size2: int | None = flag(None, "Its beam, by default the first one's. Alone: the same teacher once more.")
 
 
 @dataclass
 class FilterArguments:
     """What is kept: limits, named after the measures in a line."""
 
-    max_wer: float = field(default=10, metadata={"help": "Teacher against transcript, in %% (CER in zh, yue and ja)."})
-    max_disagreement: float = field(default=10, metadata={"help": "Second decoding against the first, as --max_wer."})
-    min_avg_logprob: float = field(default=-0.5, metadata={"help": "Mean log-probability of the teacher's tokens."})
-    max_compression_ratio: float = field(default=2.4, metadata={"help": "Of the text, by zlib: loops compress well."})
-    max_no_speech_prob: float = field(default=0.6, metadata={"help": "Probability that nobody speaks."})
-    min_chars_per_second: float = field(default=2, metadata={"help": "Without spaces. Less: words were missed."})
-    max_chars_per_second: float = field(default=25, metadata={"help": "More: words were invented. Chinese has 3 to 8."})
-    normalizer: str | None = field(
-        default=None, metadata={"help": f"Of score.py: {', '.join(NORMALIZERS)}; by default the language's."}
-    )
-    text: Literal["transcript", "teacher"] = field(
-        default="transcript", metadata={"help": "Whose words are kept of a line that has a transcript."}
-    )
-    plain: bool = field(default=False, metadata={"help": "Keep small letters without punctuation (score.py's basic)."})
+    max_wer: float = flag(10, "Teacher against transcript, in %% (CER in zh, yue and ja).")
+    max_disagreement: float = flag(10, "Second decoding against the first, as --max_wer.")
+    min_avg_logprob: float = flag(-0.5, "Mean log-probability of the teacher's tokens.")
+    max_compression_ratio: float = flag(2.4, "Of the text, by zlib: loops compress well.")
+    max_no_speech_prob: float = flag(0.6, "Probability that nobody speaks.")
+    min_chars_per_second: float = flag(2, "Without spaces. Less: words were missed.")
+    max_chars_per_second: float = flag(25, "More: words were invented. Chinese has 3 to 8.")
+    normalizer: str | None = flag(None, f"Of score.py: {', '.join(NORMALIZERS)}; by default the language's.")
+    text: Literal["transcript", "teacher"] = flag("transcript", "Whose words are kept of a line that has a transcript.")
+    plain: bool = flag(False, "Keep small letters without punctuation (score.py's basic).")
 
 
 @dataclass
 class RunArguments:
-    out: str | None = field(default=None, metadata={"help": "Folder of labels.jsonl, kept.jsonl and dropped.jsonl."})
-    batch_size: int = field(default=16, metadata={"help": "Clips that are decoded together."})
-    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; by default the best there is."})
+    out: str | None = flag(None, "Folder of labels.jsonl, kept.jsonl and dropped.jsonl.")
+    batch_size: int = flag(16, "Clips that are decoded together.")
+    device: str | None = flag(None, "cuda, cpu …; by default the best there is.")
 
 
 class BatchedTask(DecodingTask):
@@ -156,52 +152,52 @@ def phrases(tokens: Sequence[int], tokenizer: Tokenizer, seconds: float) -> Iter
         start, ids = time, []
 
 
+def named(record: Record) -> dict:
+    return {"key": record.key, "wav": os.path.abspath(record.wav)}
+
+
+def pieces_of(record: Record, timestamps: bool) -> tuple[list[tuple[float, np.ndarray]], list[dict]]:
+    """What is to be heard of a clip, (start in seconds, samples) each; or the line that says why it cannot be."""
+    try:
+        audio, problem = load_audio(record.wav)
+    except InputError as error:
+        audio, problem = np.zeros(0, np.float32), str(error)
+    if problem or not len(audio):
+        return [], [named(record) | {"problem": problem or "has no samples"}]
+    if len(audio) > N_SAMPLES and not timestamps:
+        return [], [named(record) | {"duration": len(audio) / SAMPLE_RATE}]
+    pieces = cut_at_pauses(audio)
+    starts = np.cumsum([0, *map(len, pieces[:-1])]) / SAMPLE_RATE
+    return list(zip(starts.tolist(), pieces, strict=True)), []
+
+
 def label(listeners: Sequence[Listener], records: Sequence[Record], timestamps: bool) -> list[list[dict]]:
     """The lines of each record: one, or one a phrase if it is over 30 s; one without "txt" where it cannot be labelled.
 
     The first listener writes "txt" and how sure it was, the second, if there is one, "txt2".
     """
-    lines: list[list[dict]] = [[] for _ in records]
-    pieces: list[tuple[int, float | None, np.ndarray]] = []  # record, where in it (seconds; None: all of it), samples
-    for i, record in enumerate(records):
-        try:
-            audio, problem = load_audio(record.wav)
-        except InputError as error:
-            audio, problem = np.zeros(0, np.float32), str(error)
-        if problem or not len(audio):
-            lines[i].append(named(record) | {"problem": problem or "has no samples"})
-        elif len(audio) <= N_SAMPLES:
-            pieces.append((i, None, audio))
-        elif not timestamps:
-            lines[i].append(named(record) | {"duration": len(audio) / SAMPLE_RATE})
-        else:
-            cuts = cut_at_pauses(audio)
-            starts = np.cumsum([0, *map(len, cuts)]) / SAMPLE_RATE
-            pieces += [(i, float(start), cut) for start, cut in zip(starts, cuts, strict=False)]
+    pieces, lines = map(list, zip(*(pieces_of(record, timestamps) for record in records), strict=True))
+    flat = [(i, at, audio) for i, some in enumerate(pieces) for at, audio in some]
     spoken: list[tuple[dict, np.ndarray]] = []
-    for (i, at, piece), heard in zip(pieces, listeners[0].hear([piece for *_, piece in pieces]), strict=True):
-        spans = [(0.0, len(piece) / SAMPLE_RATE, heard.text)]
-        if at is not None:
-            spans = list(phrases(heard.tokens, listeners[0].tokenizer, spans[0][1])) or spans
+    for (i, at, audio), heard in zip(flat, listeners[0].hear([audio for *_, audio in flat]), strict=True):
+        record, seconds = records[i], len(audio) / SAMPLE_RATE
+        spans, long = [(0.0, seconds, heard.text)], len(pieces[i]) > 1
+        if long:
+            spans = list(phrases(heard.tokens, listeners[0].tokenizer, seconds)) or spans
         for start, end, text in spans:
-            line = named(records[i])
-            if at is not None:
-                line["key"] += f"@{at + start:.2f}"
+            line = named(record) | {"txt": " ".join(text.split()), "duration": round(end - start, 3)}
+            line |= {name: round(getattr(heard, name), 4) for name in HOW_SURE} | {"language": heard.language}
+            if long:
                 line |= {"start": round(at + start, 3), "end": round(at + end, 3)}
-            elif records[i].txt is not None:
-                line["transcript"] = records[i].txt
-            line |= {"txt": " ".join(text.split()), "duration": round(end - start, 3), "language": heard.language}
-            line |= {name: round(getattr(heard, name), 4) for name in HOW_SURE}
+                line["key"] += f"-{round(1000 * line['start'])}-{round(1000 * line['end'])}"
+            elif record.txt is not None:
+                line["transcript"] = record.txt
             lines[i].append(line)
-            spoken.append((line, piece[int(start * SAMPLE_RATE) : int(end * SAMPLE_RATE)]))
+            spoken.append((line, audio[int(start * SAMPLE_RATE) : int(end * SAMPLE_RATE)]))
     for second in listeners[1:]:
-        for (line, _), heard in zip(spoken, second.hear([clip for _, clip in spoken]), strict=True):
+        for (line, _), heard in zip(spoken, second.hear([audio for _, audio in spoken]), strict=True):
             line["txt2"] = " ".join(heard.text.split())
     return lines
-
-
-def named(record: Record) -> dict:
-    return {"key": record.key, "wav": os.path.abspath(record.wav)}
 
 
 def batches(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]]:
@@ -218,7 +214,10 @@ def batches(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]
 def read_lines(path: Path) -> list:
     """The JSON lines of a file that label.py wrote; a last line that a kill cut off is left out."""
     whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in whole]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise InputError(f"{path}: not as label.py wrote it ({error}): remove it to label again") from None
 
 
 def write_lines(path: Path, lines: Iterable) -> None:
@@ -264,27 +263,22 @@ _normalizer = cache(normalizer)
 
 
 def error_rate(reference: str, hypothesis: str, language: str, normalizer_name: str | None) -> float:
-    """WER after normalisation, in %, or CER where a language is written without spaces; of one word if there is none."""
-    by_language = NORMALIZER_OF.get(language, "basic")
-    normalize = _normalizer(normalizer_name or (by_language if by_language in NORMALIZERS else "basic"))
-    ref, hyp = (normalize(text).split() for text in (reference, hypothesis))
-    if language in BY_CHARACTER:
-        ref, hyp = list("".join(ref)), list("".join(hyp))
-    return 100 * Counts.of(align(ref, hyp)).errors / max(len(ref), 1)
+    """WER after normalisation, in %, or CER where a language is written without spaces."""
+    normalize = _normalizer(normalizer_name or NORMALIZER_OF.get(language, "basic"))
+    result = score({"": reference}, {"": hypothesis}, normalize)
+    counts = result.characters if language in BY_CHARACTER else result.words
+    return round(100 * counts.errors / max(counts.reference_length, 1), 2)
 
 
 def measured(line: dict, args: FilterArguments) -> dict:
     """A label with all that the limits are about."""
     if "txt" not in line:
         return line
-    letters = len("".join(line["txt"].split()))
-    line = line | {"chars_per_second": round(letters / max(line["duration"], 0.01), 2)}
-    for name, measure, reference, hypothesis in (
-        ("transcript", "wer", "transcript", "txt"),
-        ("txt2", "disagreement", "txt", "txt2"),
-    ):
-        if name in line:
-            line[measure] = round(error_rate(line[reference], line[hypothesis], line["language"], args.normalizer), 2)
+    line = line | {"chars_per_second": round(len("".join(line["txt"].split())) / max(line["duration"], 0.01), 2)}
+    if "transcript" in line:
+        line["wer"] = error_rate(line["transcript"], line["txt"], line["language"], args.normalizer)
+    if "txt2" in line:
+        line["disagreement"] = error_rate(line["txt"], line["txt2"], line["language"], args.normalizer)
     return line
 
 
@@ -292,12 +286,12 @@ def faults(line: dict, args: FilterArguments) -> dict[str, str]:
     """Rule → how a measured line breaks it; empty: it is kept."""
     if "txt" not in line:
         return {"cannot be read": line["problem"]} if "problem" in line else {"over 30 s": "--timestamps would cut it"}
-    judged = ["wer"] if "wer" in line else [*HOW_SURE, "chars_per_second", "disagreement"]
-    found = {"nothing heard": "no text"} if not line["txt"] and "wer" not in line else {}
-    for name in filter(line.__contains__, judged):
+    alone = "wer" in line  # a transcript tells more than all the others
+    found = {} if line["txt"] or alone else {"nothing heard": "no text"}
+    for name in ["wer"] if alone else [*HOW_SURE, "chars_per_second", "disagreement"]:
         for side, beyond in (("min", operator.lt), ("max", operator.gt)):
             limit = getattr(args, f"{side}_{name}", None)
-            if limit is not None and beyond(line[name], limit):
+            if limit is not None and name in line and beyond(line[name], limit):
                 found[f"--{side}_{name} {limit:g}"] = f"{name} is {line[name]:g}"
     return found
 

@@ -26,7 +26,7 @@ from audio import load_audio
 from manifest import read_manifest
 from recognize import DecodeArguments, Transcriber, use_shipped
 from score import normalizer, score
-from settings import ModelArguments, one_line_errors
+from settings import ModelArguments, one_line_errors, weights_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,8 +38,8 @@ class System(NamedTuple):
     parameters: int | None
 
 
-def parameters(*models: torch.nn.Module) -> int:
-    return sum(parameter.numel() for model in models for parameter in model.parameters())
+def parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def hark(models: ModelArguments, args: argparse.Namespace, **options: object) -> System:
@@ -54,9 +54,10 @@ def hark(models: ModelArguments, args: argparse.Namespace, **options: object) ->
         return texts
 
     llm, encoder = Path(models.llm_model_name_or_path), Path(models.whisper_model_name_or_path)
-    files = [*llm.glob("*"), encoder, *Path(models.checkpoint).glob("*.safetensors")]
+    files = [*llm.glob("*"), encoder, weights_file(models.checkpoint)]
     name = f"hark, {transcriber.decoder}" + (f", beam {options['num_beams']}" if "num_beams" in options else "")
-    return System(name, transcribe, files, parameters(transcriber.model))
+    unused = transcriber.decoder == "ctc" and parameters(transcriber.model.llm)
+    return System(name, transcribe, files, parameters(transcriber.model) - unused)
 
 
 def whisper_itself(path: Path) -> System:
