@@ -1,28 +1,24 @@
-"""Speech without transcripts → training data: a Whisper teacher writes what it hears, a filter keeps what can be trusted.
+"""Speech without transcripts → what a Whisper teacher hears in it, and how sure it is; filter_labels.py keeps the good ones.
 
-    python label.py --teacher large-v3 --data_path speech.jsonl --out labelled     # labels, then the filter
-    python label.py --out labelled --min_avg_logprob -0.3                          # other limits: the filter alone
+    python label.py --teacher large-v3 --data_path speech.jsonl --out labelled
+    python filter_labels.py --labels labelled            # → labelled/kept.jsonl, a manifest to train on
 
-OUT/labels.jsonl has what was heard in every clip, whatever its quality; OUT/kept.jsonl, a manifest to train on, the lines
-within the limits; OUT/dropped.jsonl the others, each with its reasons. A line that has a transcript is judged by it alone:
---max_wer, of the teacher's text against it. One without is judged by how sure the teacher was, how repetitive and how fast
-its text is, and, with --teacher2 or --beam_size2, by how far a second decoding differs.
+OUT/labels.jsonl has a line for every clip, whatever its quality, in the manifest's order: `txt`, by the teacher, its
+`language`, Whisper's own measures, the manifest's `transcript`, if it has one, and `txt2` of a second decoding; `problem`
+instead for a file that cannot be read, which makes the exit code 1.
 
 Every clip is padded to 30 s, as in Whisper's own training: with less, its decoder does not know when to stop. Labelling
 that was interrupted, by kill -9 too, continues when it is started again. Raises InputError.
 """
 
 import json
-import operator
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +32,11 @@ from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 from audio import load_audio, log_mel
 from manifest import Record, read_manifest
 from recognize import cut_at_pauses, out_of_memory, usable_device
-from score import NORMALIZERS, normalizer, score
 from settings import InputError, first_line, one_line_errors, parse
 
 LONGEST = N_SAMPLES // SAMPLE_RATE  # seconds
 FIGURES = frozenset("0123456789%$£€¥")
 HOW_SURE = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as Whisper measures them
-BY_CHARACTER = ("zh", "yue", "ja")  # languages whose errors are counted by characters
-NORMALIZER_OF = {"en": "english", "zh": "chinese", "yue": "chinese"}  # else basic
 
 
 def flag(default: Any, help: str) -> Any:
@@ -65,24 +58,8 @@ class LabelArguments:
 
 
 @dataclass
-class FilterArguments:
-    """What is kept: limits, named after the measures in a line."""
-
-    max_wer: float = flag(10, "Teacher against transcript, in %% (CER in zh, yue and ja).")
-    max_disagreement: float = flag(10, "Second decoding against the first, as --max_wer.")
-    min_avg_logprob: float = flag(-0.5, "Mean log-probability of the teacher's tokens.")
-    max_compression_ratio: float = flag(2.4, "Of the text, by zlib: loops compress well.")
-    max_no_speech_prob: float = flag(0.6, "Probability that nobody speaks.")
-    min_chars_per_second: float = flag(2, "Without spaces. Less: words were missed.")
-    max_chars_per_second: float = flag(25, "More: words were invented. Chinese has 3 to 8.")
-    normalizer: str | None = flag(None, f"Of score.py: {', '.join(NORMALIZERS)}; by default the language's.")
-    text: Literal["transcript", "teacher"] = flag("transcript", "Whose words are kept of a line that has a transcript.")
-    plain: bool = flag(False, "Keep small letters without punctuation (score.py's basic).")
-
-
-@dataclass
 class RunArguments:
-    out: str | None = flag(None, "Folder of labels.jsonl, kept.jsonl and dropped.jsonl.")
+    out: str | None = flag(None, "Folder for labels.jsonl.")
     batch_size: int = flag(16, "Clips that are decoded together.")
     device: str | None = flag(None, "cuda, cpu …; by default the best there is.")
 
@@ -228,8 +205,11 @@ def write_lines(path: Path, lines: Iterable) -> None:
     os.replace(new, path)
 
 
-def label_manifest(args: LabelArguments, run: RunArguments, out: Path) -> None:
-    """Write OUT/labels.jsonl, in the manifest's order; finished clips wait in OUT/labels.partial, a JSON line each."""
+def label_manifest(args: LabelArguments, run: RunArguments, out: Path) -> list[dict]:
+    """Write OUT/labels.jsonl, in the manifest's order, and return its lines.
+
+    Finished clips wait in OUT/labels.partial, a JSON line each; OUT/labels.json says how the teacher listens.
+    """
     manifest = read_manifest(args.data_path, need_txt=False)
     made_by = asdict(args) | {"data_path": sha256(manifest.path.read_bytes()).hexdigest()}
     labels, partial, how = out / "labels.jsonl", out / "labels.partial", out / "labels.json"
@@ -239,7 +219,7 @@ def label_manifest(args: LabelArguments, run: RunArguments, out: Path) -> None:
         raise InputError(f"{out} has labels with another {', '.join(different)}: give another --out, or remove that one")
     if labels.exists():
         print(f"{labels} is there: nothing to label", file=sys.stderr)
-        return
+        return read_lines(labels)
     write_lines(how, [made_by])
     done: dict[str, list[dict]] = dict(read_lines(partial))
     write_lines(partial, done.items())
@@ -255,93 +235,33 @@ def label_manifest(args: LabelArguments, run: RunArguments, out: Path) -> None:
                 done[record.key] = lines
                 print(json.dumps([record.key, lines], ensure_ascii=False), file=file, flush=True)
             bar.update(len(batch))
-    write_lines(labels, (line for record in manifest for line in done[record.key]))
+    lines = [line for record in manifest for line in done[record.key]]
+    write_lines(labels, lines)
     partial.unlink()
-
-
-_normalizer = cache(normalizer)
-
-
-def error_rate(reference: str, hypothesis: str, language: str, normalizer_name: str | None) -> float:
-    """WER after normalisation, in %, or CER where a language is written without spaces."""
-    normalize = _normalizer(normalizer_name or NORMALIZER_OF.get(language, "basic"))
-    result = score({"": reference}, {"": hypothesis}, normalize)
-    counts = result.characters if language in BY_CHARACTER else result.words
-    return round(100 * counts.errors / max(counts.reference_length, 1), 2)
-
-
-def measured(line: dict, args: FilterArguments) -> dict:
-    """A label with all that the limits are about."""
-    if "txt" not in line:
-        return line
-    line = line | {"chars_per_second": round(len("".join(line["txt"].split())) / max(line["duration"], 0.01), 2)}
-    if "transcript" in line:
-        line["wer"] = error_rate(line["transcript"], line["txt"], line["language"], args.normalizer)
-    if "txt2" in line:
-        line["disagreement"] = error_rate(line["txt"], line["txt2"], line["language"], args.normalizer)
-    return line
-
-
-def faults(line: dict, args: FilterArguments) -> dict[str, str]:
-    """Rule → how a measured line breaks it; empty: it is kept."""
-    if "txt" not in line:
-        return {"cannot be read": line["problem"]} if "problem" in line else {"over 30 s": "--timestamps would cut it"}
-    alone = "wer" in line  # a transcript tells more than all the others
-    found = {} if line["txt"] or alone else {"nothing heard": "no text"}
-    for name in ["wer"] if alone else [*HOW_SURE, "chars_per_second", "disagreement"]:
-        for side, beyond in (("min", operator.lt), ("max", operator.gt)):
-            limit = getattr(args, f"{side}_{name}", None)
-            if limit is not None and name in line and beyond(line[name], limit):
-                found[f"--{side}_{name} {limit:g}"] = f"{name} is {line[name]:g}"
-    return found
-
-
-def keep(args: FilterArguments, out: Path) -> int:
-    """OUT/labels.jsonl → kept.jsonl and dropped.jsonl; prints the table, returns how many files could not be read."""
-    if not (out / "labels.jsonl").exists():
-        raise InputError(f"{out}: no labels.jsonl in it: give --teacher and --data_path to make it")
-    plain = _normalizer("basic")
-    kept, dropped, reasons, hours = [], [], Counter(), Counter()
-    lines = [measured(line, args) for line in read_lines(out / "labels.jsonl")]
-    for line in lines:
-        found = faults(line, args)
-        for row in ("all", "kept") if not found else ("all", *found):
-            reasons[row] += 1
-            hours[row] += line.get("duration", 0) / 3600
-        if found:
-            dropped.append(line | {"dropped": found})
-            continue
-        txt = line["transcript"] if args.text == "transcript" and "transcript" in line else line["txt"]
-        kept.append(line | {"txt": " ".join(plain(txt).split()) if args.plain else txt, "heard": line["txt"]})
-    write_lines(out / "kept.jsonl", kept)
-    write_lines(out / "dropped.jsonl", dropped)
-    print("| lines of labels.jsonl | number | hours |\n|---|---|---|")
-    for row in ("all", "kept", *sorted(set(reasons) - {"all", "kept"})):
-        print(f"| {row if row in ('all', 'kept') else f'dropped: {row}'} | {reasons[row]} | {hours[row]:.2f} |")
-    return reasons["cannot be read"]
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
-        args, limits, run = parse((LabelArguments, FilterArguments, RunArguments), argv)
-        if not run.out:
-            raise InputError("give --out, a folder for labels.jsonl, kept.jsonl and dropped.jsonl")
-        if bool(args.teacher) != bool(args.data_path):
-            raise InputError("give both --teacher and --data_path to label, or neither to filter --out again")
+        args, run = parse((LabelArguments, RunArguments), argv)
+        if not (args.teacher and args.data_path and run.out):
+            raise InputError("give --teacher, --data_path and --out, a folder for labels.jsonl")
         if args.language not in (None, *LANGUAGES):
             raise InputError(f"--language {args.language}: Whisper knows {', '.join(LANGUAGES)}")
-        if limits.normalizer not in (None, *NORMALIZERS):
-            raise InputError(f"--normalizer {limits.normalizer}: there are {', '.join(NORMALIZERS)}")
         if min(args.beam_size, args.beam_size2 or 1, run.batch_size) < 1:
             raise InputError("--beam_size, --beam_size2 and --batch_size must be at least 1")
         try:
-            if args.teacher:
-                label_manifest(args, run, Path(run.out))
-            return 1 if keep(limits, Path(run.out)) else 0
+            lines = label_manifest(args, run, Path(run.out))
         except OSError as error:  # bad files are told one by one: what is left is the folder
             raise InputError(f"{error.filename or run.out}: cannot write ({error.strerror})") from None
         except KeyboardInterrupt:
             raise InputError("interrupted: the same command continues where it stopped") from None
+        bad = [line for line in lines if "problem" in line]
+        for line in bad:
+            print(f"{line['key']}: {line['problem']}", file=sys.stderr)
+        hours = sum(line.get("duration", 0) for line in lines) / 3600
+        print(f"{Path(run.out) / 'labels.jsonl'}: {len(lines)} lines, {hours:.2f} h, {len(bad)} files that cannot be read")
+        return 1 if bad else 0
 
 
 if __name__ == "__main__":

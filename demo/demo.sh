@@ -80,8 +80,9 @@ pairs "$test" "$out/before.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4
 if [ "${1-}" = --pseudo-labels ]; then
     say "What Whisper hears in the 471 training prompts, whose transcripts are left aside"
     sed 's#"txt": "[^"]*", ##; s#"wav": "#"wav": "../data/#' demo/data/train.jsonl >"$out/speech.jsonl"
-    make_once "$data" python label.py --teacher demo/models/whisper-tiny.en.pt --data_path "$out/speech.jsonl" \
-        --out "$out/labels" --suppress_numerals --plain
+    make_once "$out/labels/labels.jsonl" python label.py --teacher demo/models/whisper-tiny.en.pt \
+        --data_path "$out/speech.jsonl" --out "$out/labels" --suppress_numerals
+    make_once "$data" python filter_labels.py --labels "$out/labels" --plain
     grep -F -f <(grep -o '"key": "[^"]*"' "$data") demo/data/train.jsonl >"$out/checked.jsonl"
     printf '%-42s %s\n' "WER of all labels" "$(wer demo/data/train.jsonl "$out/labels/labels.jsonl")" \
         "WER of the labels that were kept" "$(wer "$out/checked.jsonl" "$data")"

@@ -1,4 +1,4 @@
-"""label.py: a real teacher on real prompts; the limits on made-up lines; what survives a kill."""
+"""label.py and filter_labels.py: a real teacher on real prompts; the limits on made-up lines; what survives a kill."""
 
 import json
 import subprocess
@@ -12,9 +12,11 @@ import soundfile
 from conftest import DATA, RATE, ROOT, write_manifest
 from whisper.tokenizer import get_tokenizer
 
+import filter_labels
 import label
 from audio import load_audio
-from label import FilterArguments, LabelArguments, Listener, RunArguments, faults, measured, phrases
+from filter_labels import FilterArguments, faults, measured
+from label import LabelArguments, Listener, RunArguments, phrases
 from manifest import read_manifest
 from score import normalizer, score
 
@@ -50,16 +52,16 @@ def speech(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labelled(real, speech):
-    """Those, labelled by Whisper tiny.en: the folder and the exit code."""
+    """The folder of what Whisper tiny.en hears in them."""
     out = speech.root / "labelled"
     flags = ["--teacher", str(real.whisper), "--data_path", str(speech.manifest), "--out", str(out)]
-    return out, label.main([*flags, "--suppress_numerals", "--plain", "--batch_size", "3"])
+    assert label.main([*flags, "--suppress_numerals", "--batch_size", "3"]) == 1  # a file cannot be read
+    return out
 
 
 def test_a_real_teacher_writes_what_is_said(labelled, speech):
     """In the manifest's order, whatever the order of decoding; numbers as words."""
-    out, _ = labelled
-    labels = lines_of(out / "labels.jsonl")
+    labels = lines_of(labelled / "labels.jsonl")
     assert [line["key"] for line in labels] == [line["key"] for line in speech.lines]
     heard = {line["key"]: plain(line["txt"]) for line in labels if "txt" in line}
     assert heard == {record.key: record.txt for record in speech.records}
@@ -68,27 +70,23 @@ def test_a_real_teacher_writes_what_is_said(labelled, speech):
 
 
 def test_every_line_is_kept_or_dropped_with_its_reason(labelled, speech):
-    out, code = labelled
-    assert code == 1  # a file that cannot be read
-    kept, dropped = lines_of(out / "kept.jsonl"), lines_of(out / "dropped.jsonl")
+    filter_labels.main(["--labels", str(labelled), "--plain"])
+    kept, dropped = (lines_of(labelled / name) for name in ("kept.jsonl", "dropped.jsonl"))
     assert [line["key"] for line in kept] == ["digits-14", "transfer", "vm-review"]
     reasons = {line["key"]: list(line["dropped"]) for line in dropped}
     assert reasons == {"conf-onlyone": ["--max_wer 10"], "broken": ["cannot be read"], "long": ["over 30 s"]}
     assert "noaudio.wav" in dropped[1]["dropped"]["cannot be read"]
-    records = read_manifest(out / "kept.jsonl")  # a manifest to train on
+    records = read_manifest(labelled / "kept.jsonl")  # a manifest to train on
     assert [record.txt for record in records] == [speech.records[i].txt for i in (0, 2, 3)]
     assert all(record.wav.is_file() for record in records)
 
 
-def test_other_limits_need_neither_teacher_nor_audio(labelled, monkeypatch, capsys):
-    out, _ = labelled
-    monkeypatch.setattr(label, "Listener", None)
-    before = (out / "labels.jsonl").read_bytes()
-    assert label.main(["--out", str(out), "--max_chars_per_second", "8.6", "--text", "teacher"]) == 1
-    kept = lines_of(out / "kept.jsonl")
-    assert [line["key"] for line in kept] == ["digits-14", "transfer"]  # transfer has a transcript: it alone counts
+def test_other_limits_give_another_table(labelled, capsys):
+    """What has a transcript, as transfer, is judged by it alone; the teacher's words are kept where they are asked for."""
+    filter_labels.main(["--labels", str(labelled), "--max_chars_per_second", "8.6", "--text", "teacher"])
+    kept = lines_of(labelled / "kept.jsonl")
+    assert [line["key"] for line in kept] == ["digits-14", "transfer"]
     assert kept[1]["txt"] == "Please hold while I try that extension."
-    assert (out / "labels.jsonl").read_bytes() == before
     assert "| dropped: --max_chars_per_second 8.6 | 1 | 0.00 |" in capsys.readouterr().out
 
 
@@ -134,6 +132,7 @@ def test_a_second_teacher_that_hears_nothing_disagrees(real, tiny, speech, tmp_p
     manifest = write_manifest(tmp_path / "one.jsonl", [speech.lines[0]])
     flags = ["--teacher", str(real.whisper), "--teacher2", str(tiny.whisper), "--data_path", str(manifest)]
     assert label.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    filter_labels.main(["--labels", str(tmp_path / "out")])
     assert lines_of(tmp_path / "out" / "kept.jsonl") == []
     assert list(lines_of(tmp_path / "out" / "dropped.jsonl")[0]["dropped"]) == ["--max_disagreement 10"]
 
@@ -169,7 +168,7 @@ def test_what_the_limits_drop(line, rules):
 
 def test_a_killed_run_goes_on(tiny, tmp_path, monkeypatch):
     """kill -9 after three of five clips, and half a line behind them: no clip twice, none lost, none heard again."""
-    flags = ["--teacher", str(tiny.whisper), "--data_path", str(tiny.manifest), "--batch_size", "1", "--text", "teacher"]
+    flags = ["--teacher", str(tiny.whisper), "--data_path", str(tiny.manifest), "--batch_size", "1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     die = """
 import os, signal, sys, label
@@ -200,25 +199,22 @@ label.main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --out"),
-        (["--out", "{tmp}"], "no labels.jsonl in it: give --teacher and --data_path"),
-        (["--out", "{tmp}", "--teacher", "tiny"], "give both --teacher and --data_path"),
-        (["--out", "{tmp}", "--teacher", "no.pt", "--data_path", "{manifest}"], "cannot load the teacher 'no.pt'"),
-        (["--out", "{tmp}", "--teacher", "{tiny}", "--data_path", "no.jsonl"], "no.jsonl: cannot read the manifest"),
-        (
-            ["--out", "{tmp}", "--teacher", "{tiny}", "--data_path", "{manifest}", "--language", "xx"],
-            "--language xx: Whisper",
-        ),
-        (["--out", "{tmp}", "--teacher", "{tiny}", "--data_path", "{manifest}", "--language", "de"], "knows English alone"),
-        (["--out", "{manifest}", "--teacher", "{tiny}", "--data_path", "{manifest}"], "cannot write"),
-        (["--out", "{tmp}", "--normalizer", "klingon"], "--normalizer klingon: there are"),
-        (["--out", "{tmp}", "--batch_size", "0"], "must be at least 1"),
+        ("--out {tmp} --data_path {manifest}", "give --teacher, --data_path and --out"),
+        ("--out {tmp} --teacher no.pt --data_path {manifest}", "cannot load the teacher 'no.pt'"),
+        ("--out {tmp} --teacher {tiny} --data_path no.jsonl", "no.jsonl: cannot read the manifest"),
+        ("--out {tmp} --teacher {tiny} --data_path {manifest} --language xx", "--language xx: Whisper knows en, zh"),
+        ("--out {tmp} --teacher {tiny} --data_path {manifest} --language de", "knows English alone"),
+        ("--out {tmp} --teacher {tiny} --data_path {manifest} --batch_size 0", "must be at least 1"),
+        ("--out {manifest} --teacher {tiny} --data_path {manifest}", "cannot write"),
+        ("--normalizer basic", "give --labels"),
+        ("--labels {tmp}", "no labels.jsonl in it: label.py makes it"),
+        ("--labels {tmp} --normalizer klingon", "--normalizer klingon: there are none, basic"),
     ],
 )
 def test_a_mistake_is_one_line(tiny, tmp_path, flags, message):
-    names = {"tmp": tmp_path, "manifest": tiny.manifest, "tiny": tiny.whisper}
+    script = label if "--out" in flags else filter_labels
     with pytest.raises(SystemExit) as stopped:
-        label.main([flag.format(**names) for flag in flags])
+        script.main(flags.format(tmp=tmp_path, manifest=tiny.manifest, tiny=tiny.whisper).split())
     assert message in stopped.value.code
     assert stopped.value.code.startswith("error: ")
     assert "\n" not in stopped.value.code
