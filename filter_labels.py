@@ -35,7 +35,7 @@ class FilterArguments:
     min_avg_logprob: float = flag(-0.5, "Mean log-probability of the teacher's tokens.")
     max_compression_ratio: float = flag(2.4, "Of the text, by zlib: loops compress well.")
     max_no_speech_prob: float = flag(0.6, "Probability that nobody speaks.")
-    min_chars_per_second: float = flag(2, "Without spaces. Less: words were missed.")
+    min_chars_per_second: float = flag(1, "Without spaces. Less: words were missed.")
     max_chars_per_second: float = flag(25, "More: words were invented. Chinese has 3 to 8.")
     normalizer: str | None = flag(None, f"Of score.py: {', '.join(NORMALIZERS)}; by default the language's.")
     text: Literal["transcript", "teacher"] = flag("transcript", "Whose words are kept of a line that has a transcript.")

@@ -143,9 +143,9 @@ def test_a_second_teacher_that_hears_nothing_disagrees(real, tiny, speech, tmp_p
         ({"txt": "please hold"}, []),
         ({"txt": "please hold", "avg_logprob": -0.51}, ["--min_avg_logprob -0.5"]),
         ({"txt": "please hold", "compression_ratio": 2.5, "no_speech_prob": 0.7}, None),  # two rules
-        ({"txt": "please hold", "duration": 20.0}, ["--min_chars_per_second 2"]),
+        ({"txt": "please hold", "duration": 20.0}, ["--min_chars_per_second 1"]),
         ({"txt": "please hold", "duration": 0.3}, ["--max_chars_per_second 25"]),
-        ({"txt": "", "duration": 1.0}, ["nothing heard", "--min_chars_per_second 2"]),
+        ({"txt": "", "duration": 1.0}, ["nothing heard", "--min_chars_per_second 1"]),
         ({"txt": "Please, hold 2!", "txt2": "please hold two"}, []),  # alike after normalisation
         ({"txt": "please hold", "txt2": "please old"}, ["--max_disagreement 10"]),
         # a transcript is what counts, however unsure the teacher was
