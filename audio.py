@@ -24,6 +24,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES, SAMPLE_RATE
 from settings import InputError
 
 BLOCK = 4096  # frames read at a time from a corrupt file
+ROUNDING = 0.01  # seconds that the end of a part may lie behind its file's, since times are often written so
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's answer for a FLAC written to a pipe is 2 ** 63 - 1
 OPEN_ENDED_BYTES = (1 << 31) - (1 << 16)  # a wav written to a pipe says 2 ** 32 - 1 or thereabouts
 
@@ -43,28 +44,39 @@ def truncation(libsndfile_log: str) -> str:
     return "truncated: its header promises more than the file holds" if truncated else ""
 
 
-def load_audio(path: str | Path) -> tuple[np.ndarray, str]:
-    """Read any audio file as float32 mono at 16 kHz (samples,), and what is wrong with it ("" if nothing).
+def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, str]:
+    """Read any audio file, or its part from `start` to `end` (seconds), as float32 mono at 16 kHz (samples,), and what is
+    wrong with it ("" if nothing).
 
-    A truncated or corrupt file yields what stands before the damage. wav, flac, ogg, opus and mp3 are read by
-    libsndfile, the rest by the `ffmpeg` program where it is installed. Raises InputError when nothing can be read, or
-    when samples are NaN or infinite.
+    A truncated or corrupt file yields what stands before the damage, a part that goes on behind the file's end what is
+    there of it; damage behind a part is no problem of the part. wav, flac, ogg, opus and mp3 are read by libsndfile, which
+    seeks, the rest by the `ffmpeg` program where it is installed. Raises InputError when nothing can be read, or when
+    samples are NaN or infinite.
     """
     path = Path(path)
     check_file(path)
     try:
         with soundfile.SoundFile(path) as file:
             rate, problem = file.samplerate, truncation(file.extra_info)
+            first, last = round((start or 0) * rate), None if end is None else round(end * rate)
             if file.frames < UNKNOWN_FRAMES:
                 try:
-                    audio = file.read(dtype="float32", always_2d=True).mean(1)
+                    if first:
+                        file.seek(min(first, file.frames))
+                    audio = file.read(-1 if last is None else last - first, "float32", always_2d=True).mean(1)
                 except soundfile.LibsndfileError as error:
                     audio = _in_blocks(path)
                     problem = f"corrupt after {len(audio) / rate:.2f} s ({error.error_string})"
+                    audio = audio[first:last]
             else:
-                audio = _in_blocks(path)
+                audio = _in_blocks(path)[first:last]
     except soundfile.LibsndfileError as error:
-        rate, (audio, problem) = SAMPLE_RATE, _ffmpeg(path, error.error_string)
+        rate, (audio, problem) = SAMPLE_RATE, _ffmpeg(path, error.error_string, start, end)
+    if end is not None:
+        lacking = end - (start or 0) - len(audio) / rate
+        problem = (problem or f"ends {lacking:.2f} s before its part does, at {end:g} s") if lacking > ROUNDING else ""
+    elif start and not len(audio):
+        problem = problem or f"ends before its part begins, at {start:g} s"
     if problem and not len(audio):
         raise InputError(f"{path}: {problem}")
     if not np.isfinite(audio).all():
@@ -87,20 +99,30 @@ def _in_blocks(path: Path) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def _ffmpeg(path: Path, why: str) -> tuple[np.ndarray, str]:
+def _ffmpeg(path: Path, why: str, start: float | None, end: float | None) -> tuple[np.ndarray, str]:
     if not shutil.which("ffmpeg"):
         raise InputError(f"{path}: not audio that libsndfile reads ({why}); the ffmpeg program, not installed, reads more")
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{path.resolve()}"]
-    command += ["-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe"]
+    command += ["-ss", f"{start:f}"] if start else []
+    command += ["-t", f"{end - (start or 0):f}"] if end is not None else []
+    command += ["-i", f"file:{path.resolve()}", "-vn", "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
     done = subprocess.run(command, capture_output=True)
-    if not done.stdout:
+    if not done.stdout and not (start and not done.returncode):
         raise InputError(f"{path}: not audio that libsndfile or ffmpeg reads ({why})")
     complaint = done.stderr.decode("utf-8", "replace").strip().splitlines() if done.returncode else []
     return np.frombuffer(done.stdout, np.float32).copy(), f"corrupt ({complaint[0]})" if complaint else ""
 
 
-def count_samples(path: Path) -> int:
-    """Samples at 16 kHz by the file's header alone where it says; raises InputError for a file that is not whole."""
+def count_samples(path: Path, start: float | None = None) -> int:
+    """Samples at 16 kHz, from `start` (seconds) on, by the file's header alone where it says; raises InputError for a file
+    that is not whole, or that ends before."""
+    count = _count_samples(path)
+    if start and count <= start * SAMPLE_RATE:
+        raise InputError(f"{path}: ends before its part begins, at {start:g} s")
+    return count - round((start or 0) * SAMPLE_RATE)
+
+
+def _count_samples(path: Path) -> int:
     try:
         with soundfile.SoundFile(path) as file:
             frames, rate, problem = file.frames, file.samplerate, truncation(file.extra_info)

@@ -1,14 +1,15 @@
 """What the frozen encoder says of each clip, kept on disk: a training that runs it once instead of every epoch.
 
-One file a clip, named by the content of its audio, in a folder named by the encoder: numpy's .npy, read through a memory
-map, and a checksum behind it. Whoever writes, writes elsewhere and renames, so any number of trainings may share a folder,
-and one that was killed goes on where it stopped.
+One file a clip, named by the content of its audio (a part by the whole file's and its times), in a folder named by the
+encoder: numpy's .npy, read through a memory map, and a checksum behind it. Whoever writes, writes elsewhere and renames, so
+any number of trainings may share a folder, and one that was killed goes on where it stopped.
 """
 
 import os
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,14 @@ class EncoderCache:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.digest()[:DIGEST]
+
+    @staticmethod
+    def part(digest: bytes, start: float | None, end: float | None) -> bytes:
+        """The digest of a part of the file of that digest."""
+        if not start and end is None:
+            return digest
+        times = f"{start or 0:.6f} {'end' if end is None else format(end, '.6f')}"
+        return sha256(digest + times.encode()).digest()[:DIGEST]
 
     def file(self, digest: bytes) -> Path:
         return self.folder / digest.hex()[:2] / f"{digest.hex()}.npy"
@@ -92,11 +101,12 @@ class EncoderCache:
         """Put in what is lacking of the dataset's clips, and tell the dataset: each process hashes, checks and encodes its
         share, then all learn the names of all."""
         share = range(rank, len(dataset), ranks)
+        digest_of = lru_cache(10_000)(self.digest)  # parts of one file do not read it again and again
         digests = np.zeros((len(share), DIGEST), np.uint8)
         for row, index in enumerate(tqdm(share, desc="encoding", unit="clip", disable=None if rank == 0 else True)):
             record = dataset.record(index)
             try:
-                digest = self.digest(record.wav)
+                digest = self.part(digest_of(record.wav), record.start, record.end)
             except OSError as error:
                 raise InputError(f"{record.where}: {record.wav}: {error.strerror}: mend or remove the line") from None
             if not self.has(digest):

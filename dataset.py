@@ -97,13 +97,13 @@ class SpeechDataset(torch.utils.data.Dataset):
         """(n_mels, F); augmented if `rng` is given."""
         record = self.record(index)
         try:
-            audio, problem = load_audio(record.wav)
+            audio, problem = load_audio(*record.part)
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from None
         problem = problem or self.limits.unusable(len(audio), record.txt)
         if problem:
             raise InputError(
-                f'{record.where}: {record.wav}: {problem}: mend the file (or its "duration"), or remove the line'
+                f"{record.where}: {record.wav}: {problem}: mend the file (or the line's times), or remove the line"
             )
         if rng:
             audio = self.augmentation.waveform(audio, rng)
@@ -121,7 +121,7 @@ def measure(manifest: Manifest) -> np.ndarray:
         try:
             check_file(record.wav)
             if record.duration is None:
-                samples[index] = count_samples(record.wav)
+                samples[index] = count_samples(record.wav, record.start)
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from None
     return np.minimum(samples, 1 << 40).astype(np.int64)

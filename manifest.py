@@ -5,8 +5,10 @@ Each line of a manifest is a JSON object:
     {"wav": "clips/0001.flac", "txt": "hello world", "key": "0001"}
 
 `wav` may be relative to the manifest's own folder; `key` defaults to `wav`; `duration` in seconds, where given, spares
-reading the file's header. Raises InputError, naming file and line, for whatever cannot be used. Of each line some twenty
-bytes stay in memory, so a million lines are no burden.
+reading the file's header. A line may be of a part of a longer file, from `start` to `end`, in seconds, or with one of them:
+`duration` is then the part's (and not needed beside an `end`), and the key defaults to `wav-START-END` in milliseconds.
+Raises InputError, naming file and line, for whatever cannot be used. Of each line some twenty bytes stay in memory, so a
+million lines are no burden.
 """
 
 import json
@@ -52,9 +54,17 @@ class Record(NamedTuple):
     txt: str | None
     duration: float | None
     where: str  # "manifest:line", for messages
+    start: float | None = None  # seconds, of a part of the file
+    end: float | None = None
+
+    @property
+    def part(self) -> tuple[Path, float | None, float | None]:
+        """What load_audio takes."""
+        return self.wav, self.start, self.end
 
 
-Row = tuple[str, str, str | None, float | None]  # key, wav as it is written, txt, duration
+# key, wav as it is written, txt, duration, start, end
+Row = tuple[str, str, str | None, float | None, float | None, float | None]
 
 _scan = json.JSONDecoder().scan_once
 
@@ -88,14 +98,33 @@ def parse_line(line: bytes, path: Path, number: int, form: Form = AS_IS) -> Row:
     wav = item.get(form.audio)
     if not isinstance(wav, str) or not wav:
         raise wrong(f'field "{form.audio}" is missing or not a text: it names the audio file')
-    key, txt, duration = item.get("key", wav), item.get(form.text), item.get("duration")
+    txt, duration, start, end = item.get(form.text), item.get("duration"), item.get("start"), item.get("end")
+    if start is not None or end is not None:
+        if not _is_part(start, end):
+            raise wrong('"start" and "end" must be numbers of seconds in the file, 0 ≤ start < end')
+        wav_key = part_key(wav, start, end)
+        duration = duration if end is None else end - (start or 0)
+    else:
+        wav_key = wav
+    key = item.get("key", wav_key)
     if not isinstance(key, str) or not key or key.split() != [key]:
         raise wrong(f'key {key!r} must be a text without spaces: give the line a "key"')
     if txt is not None and not isinstance(txt, str):
         raise wrong(f'field "{form.text}" is not a text')
     if duration is not None and not (isinstance(duration, NUMBER) and math.isfinite(duration) and duration >= 0):
         raise wrong('field "duration" is not a number of seconds')
-    return key, wav, txt if txt is None else form.clean(txt), duration
+    return key, wav, txt if txt is None else form.clean(txt), duration, start, end
+
+
+def _is_part(start: Any, end: Any) -> bool:
+    start = 0 if start is None else start
+    finite = all(isinstance(time, NUMBER) and math.isfinite(time) for time in (start, 0 if end is None else end))
+    return finite and start >= 0 and (end is None or start < end)
+
+
+def part_key(wav: str, start: float | None, end: float | None) -> str:
+    """`wav-START-END` in milliseconds: the key of a part that has none of its own."""
+    return f"{wav}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
 
 
 class Manifest(Sequence):
@@ -128,10 +157,10 @@ class Manifest(Sequence):
         path = self.file_of(index)
         with path.open("rb") as file:
             file.seek(self.offsets[index])
-            key, wav, txt, duration = parse_line(file.readline(), path, self.lines[index], self.form)
+            key, wav, txt, duration, start, end = parse_line(file.readline(), path, self.lines[index], self.form)
         beside = path.parent / wav
         wav = beside if os.path.exists(beside) else Path(wav)  # False also for a name too long
-        return Record(key, wav, txt, duration, self.where(index))
+        return Record(key, wav, txt, duration, self.where(index), start, end)
 
     def texts(self) -> Iterator[str]:
         """All transcripts, in one pass over lines that read_manifest has checked."""
@@ -168,7 +197,7 @@ def read_manifest(paths: str | Path | Sequence[str | Path], need_txt: bool = Tru
                 for number, line in enumerate(file, start=1):
                     bom = len(BOM) if number == 1 and line.startswith(BOM) else 0
                     if line[bom:].strip():
-                        key, _, txt, duration = parse_line(line[bom:], path, number, form)
+                        key, _, txt, duration, _, _ = parse_line(line[bom:], path, number, form)
                         if need_txt and txt is None:
                             raise InputError(f'{path}:{number}: field "{form.text}" is missing: it holds the transcript')
                         keys.append(hash(key) ^ len(manifest.starts))  # another in another file

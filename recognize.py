@@ -193,7 +193,7 @@ class Outcome(NamedTuple):
 def read_clip(transcriber: Transcriber, record: Record) -> tuple[list[np.ndarray], str, float]:
     """(pieces that can be decoded, what is wrong, seconds) of a record; never raises for a bad file."""
     try:
-        audio, problem = load_audio(record.wav)
+        audio, problem = load_audio(*record.part)
     except InputError as error:
         return [], str(error), 0.0
     pieces = [piece for piece in cut_at_pauses(audio) if transcriber.usable(piece)]

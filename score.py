@@ -235,7 +235,10 @@ def _json_line(line: str, where: str) -> tuple[str, str]:
     try:
         item = json.loads(line)
         key, text = item.get("key", item.get("wav")), item.get("txt")
-    except (ValueError, AttributeError):
+        start, end = item.get("start"), item.get("end")
+        if "key" not in item and (start, end) != (None, None):  # a part of a file: manifest.py's rule
+            key = f"{key}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
+    except (ValueError, AttributeError, TypeError):
         raise ScoreError(f"{where}: not a JSON object") from None
     if not isinstance(key, str) or not isinstance(text, str):
         raise ScoreError(f'{where}: needs the fields "key" (or "wav") and "txt", both texts')

@@ -141,7 +141,7 @@ def dev_metrics(trainer: Trainer, dataset: SpeechDataset) -> dict[str, float]:
         transcriber = Transcriber(model, dataset.prompt, DecodeArguments(num_beams=1))
         written = {}
         for group in groups:
-            clips = [load_audio(dataset.manifest[dataset.kept[i]].wav)[0] for i in group]
+            clips = [load_audio(*dataset.record(i).part)[0] for i in group]
             written |= zip(group, transcriber.hypotheses(clips), strict=True)
         hypotheses = dict(zip(map(str, picked), gather(written), strict=True))
         metrics |= rates({key: dataset.manifest[dataset.kept[int(key)]].txt for key in hypotheses}, hypotheses)

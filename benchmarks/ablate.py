@@ -194,7 +194,7 @@ def prepare(out: Path, hours: float, longest: float, silence: float) -> None:
         for record in records:
             wav = record.wav.resolve()
             if silence:
-                clip, wav = load_audio(wav)[0], folder.resolve() / f"{record.key}.wav"
+                clip, wav = load_audio(*record.part)[0], folder.resolve() / f"{record.key}.wav"
                 soundfile.write(wav, np.pad(clip, (int(silence * 16000), 0)), 16000)
             lines.append(json.dumps({"key": record.key, "wav": str(wav), "txt": record.txt}) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -84,7 +84,7 @@ def main() -> None:
     for records in sets.values():
         texts = {}
         for record in records:
-            audio, _ = load_audio(record.wav)
+            audio, _ = load_audio(*record.part)
             seconds += len(audio) / 16000
             texts[record.key] = teacher.transcribe(audio, language="en", fp16=False, beam_size=5)["text"]
         cells.append(wer(records, texts))

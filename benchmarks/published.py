@@ -35,7 +35,7 @@ class PublishedData(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         record = self.records[index]
-        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(load_audio(record.wav)[0]), self.n_mels)  # (n_mels, 3000)
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(load_audio(*record.part)[0]), self.n_mels)  # (n_mels, 3000)
         chat = [{"role": "user", "content": "Transcribe the speech"}, {"role": "assistant", "content": record.txt}]
         text = self.tokenizer.apply_chat_template(
             chat, padding="max_length", max_length=self.text_length, truncation=True, return_dict=False

@@ -394,7 +394,7 @@ def clip_lengths(bench: Bench) -> None:
             for n in range(size):
                 audio, texts, i = np.zeros(0, np.float32), [], n
                 while len(audio) < seconds * SAMPLE_RATE:
-                    audio = np.concatenate([audio, load_audio(records[i % len(records)].wav)[0]])
+                    audio = np.concatenate([audio, load_audio(*records[i % len(records)].part)[0]])
                     texts.append(records[i % len(records)].txt)
                     i += size
                 # the last clip is cut, and of its words as many are left out

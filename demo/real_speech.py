@@ -158,7 +158,7 @@ def label(teacher: whisper.Whisper, positions: torch.Tensor, batch: list[np.ndar
     mel = [whisper.log_mel_spectrogram(clip, teacher.dims.n_mels) for clip in padded]  # (n_mels, 2 * frames)
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False)
     texts = []
-    for clip, heard in zip(batch, whisper.decode(teacher, torch.stack(mel), options), strict=True):
+    for clip, heard in zip(batch, whisper.decode(teacher, torch.stack(mel).to(positions.device), options), strict=True):
         words = words_of(heard.text)
         sure = heard.avg_logprob > -0.5 and heard.no_speech_prob < 0.5 and heard.compression_ratio < 2
         spoken = 6 < len(words) / (len(clip) / RATE) < 25  # letters a second
@@ -170,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", type=Path, default=Path("/"), help="where usr/share/scummvm of the two packages lies")
     parser.add_argument("--teacher", default="demo/models/whisper-tiny.en.pt", help="a Whisper model that labels")
+    parser.add_argument("--device", default="cpu", help="cuda: Whisper on a GPU")
     parser.add_argument("--only", choices=list(SOURCES), help="one of the games")
     parser.add_argument("--out", type=Path, default=Path("demo/exp/games"))
     args = parser.parse_args()
@@ -177,7 +178,7 @@ def main() -> None:
     for _, path in sources.values():
         if not list((args.games / path).parent.glob("*")):
             raise SystemExit(f"error: {args.games / path} is missing: see --help for the two packages")
-    teacher = whisper.load_model(args.teacher, device="cpu").float()
+    teacher = whisper.load_model(args.teacher, device=args.device).float()
     positions = teacher.encoder.positional_embedding
     (args.out / "wav").mkdir(parents=True, exist_ok=True)
     with (args.out / "train.jsonl").open("w") as train, (args.out / "dev.jsonl").open("w") as dev:

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import build_system, run_script, write_clip
+from conftest import build_system, run_script, write_clip, write_manifest
 from test_train import TOKENS, arguments, losses
 
 import train
@@ -91,6 +91,22 @@ def test_a_renamed_clip_is_known_and_a_changed_one_is_not(clips, tiny, tmp_path)
     assert cache.digest(tmp_path / "x.wav") == cache.digest(tiny.root / "0.wav")
     write_clip(tmp_path / "x.wav", 1.0, seed=9)
     assert cache.digest(tmp_path / "x.wav") != cache.digest(tiny.root / "0.wav")
+
+
+def test_parts_of_one_file_are_clips_of_their_own_and_it_is_read_once(clips, tiny, tmp_path, monkeypatch):
+    """Named by the file alone, all its parts would share the output of the first."""
+    system = build_system(tiny.qwen2, tiny.whisper)
+    write_clip(tmp_path / "a.wav", 4.0)
+    parts = [{}, {"start": 0, "end": 1}, {"start": 1, "end": 2}, {"start": 1, "end": 3}, {"start": 1}]
+    lines = [{"wav": str(tmp_path / "a.wav"), "txt": "a"} | part for part in parts]
+    manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", lines))
+    dataset = SpeechDataset(manifest, system.prompt, system.settings, 512)
+    cache, read, digest = EncoderCache(tmp_path, dataset.settings), [], EncoderCache.digest
+    monkeypatch.setattr(cache, "digest", lambda wav: read.append(wav) or digest(wav))
+    cache.fill(dataset, Counting(clips[1]))
+    assert len({row.tobytes() for row in dataset.digests}) == len(parts)
+    assert [len(dataset[i]["encoded"]) for i in range(len(parts))] == [200, 50, 50, 100, 150]
+    assert len(read) == 1
 
 
 def test_a_clip_that_is_gone_is_told_with_its_line(clips, tmp_path, monkeypatch):

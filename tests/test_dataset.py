@@ -1,6 +1,8 @@
 """Data: exact ids and labels, manifests, audio of every kind, what is dropped and what is an error."""
 
 import json
+import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -285,6 +287,79 @@ def test_a_duration_that_lies_is_found_when_the_clip_is_read(qwen, tmp_path):
     manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", [{"wav": "a.wav", "txt": "a", "duration": 3}]))
     with pytest.raises(InputError, match=r"m.jsonl:1: .*longer than 30 s"):
         SpeechDataset(manifest, qwen.prompt, qwen.settings, 512)[0]
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.ogg", "a.opus", "piped.flac"])
+def test_a_part_is_the_same_samples_as_in_the_whole(tmp_path, name):
+    options = {"format": "OGG", "subtype": "OPUS"} if name == "a.opus" else {}
+    path = tmp_path / name
+    soundfile.write(path, audio(4.0), RATE, **options)
+    if name == "piped.flac":  # its length is unknown, and it cannot be sought in
+        data = bytearray(path.read_bytes())
+        data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])
+        path.write_bytes(data)
+    whole, _ = load_audio(path)
+    for start, end in ((0.5, 1.75), (None, 1.0), (2.5, None), (3.5, len(whole) / RATE + 0.005)):
+        first, last = round((start or 0) * RATE), None if end is None else round(end * RATE)
+        samples, problem = load_audio(path, start, end)
+        assert np.allclose(samples, whole[first:last], rtol=0, atol=1e-6)  # an mp3 decoder rounds otherwise after a seek
+        assert problem == ""
+
+
+def test_only_the_part_is_read(tmp_path, monkeypatch):
+    """An hour of speech cut into a thousand lines must not be decoded a thousand times."""
+    write_clip(tmp_path / "a.wav", 4.0)
+    asked, real = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, n, *a, **k: asked.append(n) or real(self, n, *a, **k))
+    load_audio(tmp_path / "a.wav", 1.0, 1.5)
+    assert asked == [RATE // 2]
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+def test_a_part_of_what_ffmpeg_reads(tmp_path):
+    """ffmpeg seeks by frames of 1024 samples, and must decode up to the very place from there."""
+    wav = tmp_path / "a.wav"
+    soundfile.write(wav, np.repeat(np.random.default_rng(0).uniform(-0.5, 0.5, 4000), 16).astype(np.float32), RATE)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-b:a", "128k", tmp_path / "a.m4a"], check=True)
+    whole, _ = load_audio(tmp_path / "a.m4a")
+    for start, end in ((1.3, 2.0), (None, 1.0), (3.1, None)):
+        first, last = round((start or 0) * RATE), None if end is None else round(end * RATE)
+        samples, problem = load_audio(tmp_path / "a.m4a", start, end)
+        assert problem == ""
+        assert abs(len(samples) - len(whole[first:last])) <= 1
+        n = min(len(samples), len(whole[first:last]))
+        assert np.corrcoef(samples[:n], whole[first:last][:n])[0, 1] > 0.99
+    assert re.match(r"ends 0\.9\d s before its part does, at 5 s", load_audio(tmp_path / "a.m4a", 3.5, 5)[1])
+    with pytest.raises(InputError, match=r"a.m4a: ends before its part begins, at 9 s"):
+        load_audio(tmp_path / "a.m4a", 9)
+
+
+def test_damage_behind_a_part_is_no_problem_of_it(tmp_path):
+    whole = write_clip(tmp_path / "a.wav", 4.0).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    assert load_audio(tmp_path / "cut.wav", 0.5, 1.5)[1] == ""
+    samples, problem = load_audio(tmp_path / "cut.wav", 1.5, 3)
+    assert 0.4 * RATE < len(samples) < 0.6 * RATE
+    assert problem.startswith("truncated")
+
+
+def test_parts_are_clips_of_their_own_in_a_training(qwen, tmp_path):
+    write_clip(tmp_path / "long.wav", 65.0)
+    parts = [{"start": 1, "end": 3.5}, {"start": 62.0}, {}, {"start": 60, "end": 70}, {"start": 2, "end": 35}]
+    items = [{"wav": "long.wav", "txt": "a"} | part for part in parts]
+    dataset = SpeechDataset(read_manifest(write_manifest(tmp_path / "m.jsonl", items)), qwen.prompt, qwen.settings, 512)
+    assert dataset.dropped == {"longer than 30 s": 2}  # the whole file, and a part
+    assert (dataset.lengths / RATE).tolist() == [2.5, 3.0, 10.0]
+    assert [dataset[i]["mel"].shape[1] for i in range(2)] == [250, 300]
+    with pytest.raises(InputError, match=r"m.jsonl:4: .*long.wav: ends 5.00 s before its part does, at 70 s: mend the file"):
+        dataset[2]
+
+
+def test_a_part_behind_the_end_of_its_file_stops_training_with_its_line(qwen, tmp_path):
+    write_clip(tmp_path / "a.wav", 2.0)
+    manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", [{"wav": "a.wav", "txt": "a", "start": 2.5}]))
+    with pytest.raises(InputError, match=r"m.jsonl:1: .*a.wav: ends before its part begins, at 2.5 s"):
+        SpeechDataset(manifest, qwen.prompt, qwen.settings, 512)
 
 
 def test_the_demo_splits_share_no_text_and_every_clip_is_there():

@@ -21,6 +21,7 @@ from score import normalizer, score
 
 sys.path.insert(0, str(ROOT / "demo"))
 import fetch_models
+import kokoro_graph
 import make_data
 import make_speech
 import real_speech
@@ -349,11 +350,47 @@ def test_kokoro_reads_sounds_and_pauses_in_its_own_letters(monkeypatch):
     """espeak-ng writes a diphthong as two sounds, Kokoro as one letter; the commas are what it pauses by."""
     letters = "ˈˌəIWʤAʧYOQɪʊʌæɑɔɛɜɹðθʃŋɡiuabdefhjklmnopstvwz ,."
     numbers = {letter: i for i, letter in enumerate(letters, start=1)}
-    heard = []
     voices = {"af_sky": np.zeros((510, 256), np.float32)}
     monkeypatch.setattr(make_speech, "kokoro_files", lambda: (numbers, voices))
-    monkeypatch.setattr(make_speech, "kokoro_session", lambda: lambda ids, style, speed: heard.append(ids) or np.zeros(5))
-    make_speech.kokoro("hello there, i say. no joy", {"af_sky": 1.0}, 1.0)
-    ids = heard[0]
+    ids, style = make_speech.kokoro_letters("hello there, i say. no joy", {"af_sky": 1.0})
+    assert style.shape == (256,)
     assert ids[0] == ids[-1] == 0
     assert "".join(letters[i - 1] for i in ids[1:-1]) == "həlˈO ðˈɛɹ, ˈI sˈA. nˈO ʤˈY."
+
+
+def test_sounds_made_together_are_of_one_length(monkeypatch):
+    """A GPU makes clips of one length beside one another: the last letter, a pause, lasts until it is reached."""
+    clips = [
+        kokoro_graph.Prosody(np.array(frames), np.eye(len(frames), 640), np.eye(len(frames), 512), np.zeros(256))
+        for frames in ([3, 5, 4], [2, 35, 2], [1, 1, 1], [10, 20, 10])
+    ]
+    long_prosody, long_text, _ = clips[0].stretched(kokoro_graph.PADDED)
+    assert long_prosody.argmax(0).tolist() == long_text.argmax(0).tolist() == [0] * 3 + [1] * 5 + [2] * 12
+    batches = []
+    decoder = kokoro_graph.Decoder.__new__(kokoro_graph.Decoder)
+    monkeypatch.setattr(decoder, "sound", lambda batch: batches.append(batch) or np.zeros((len(batch), 1)), raising=False)
+    monkeypatch.setattr(kokoro_graph, "TOGETHER", 40)
+    assert [index for index, _ in decoder.sounds(clips)] == [0, 2, 1, 3]
+    assert [[prosody.shape[1] for prosody, _, _ in batch] for batch in batches] == [[20, 20], [40], [40]]
+
+
+@pytest.mark.skipif(not kokoro_graph.MODEL.exists(), reason="bash demo/fetch_kokoro.sh")
+def test_kokoros_graph_by_torch_says_what_onnxruntime_says():
+    """Without quantization the phases differ, so the loudness of each 25 ms is compared; a batch does not change a clip."""
+    pytest.importorskip("onnxruntime")
+    _, styles = make_speech.kokoro_files()
+    clips, letters = [], [[0, 50, 83, 54, 156, 4, 0], [0, 16, 50, 43, 50, 0]]
+    for ids, voice in zip(letters, ("af_bella", "bm_george"), strict=True):
+        clips.append(kokoro_graph.prosody(ids, styles[voice][len(ids) - 2], 1.0))
+    reference = kokoro_graph.speak(letters[0], styles["af_bella"][len(letters[0]) - 2], 1.0)
+    decoder, frames = kokoro_graph.Decoder("cpu"), max(int(clip.frames.sum()) for clip in clips)
+    ours = decoder.sound([clips[0].stretched(int(clips[0].frames.sum()))])[0]
+    assert len(ours) == len(reference)
+
+    def loudness(sound: np.ndarray) -> np.ndarray:
+        return np.log10(np.square(sound[: len(sound) // 600 * 600].reshape(-1, 600)).mean(1) + 1e-5)
+
+    assert np.corrcoef(loudness(ours), loudness(reference))[0, 1] > 0.9
+    both = decoder.sound([clip.stretched(frames) for clip in clips])
+    alone = [decoder.sound([clip.stretched(frames)])[0] for clip in clips]
+    np.testing.assert_allclose(both, alone, atol=1e-4)

@@ -68,6 +68,29 @@ def test_a_line_with_something_behind_its_object_is_refused(tmp_path):
     assert read_manifest(tmp_path / "m.jsonl")[0].txt == "a"
 
 
+def test_lines_of_one_file_may_be_its_parts(tmp_path):
+    """The default key was the file's name, so that two parts of one file were refused as the same key twice."""
+    times = [{}, {"start": 1.5, "end": 3.25}, {"start": 3.25}, {"end": 2}, {"start": None, "duration": 9}]
+    lines = [{"wav": "a.wav", "txt": "a"} | part for part in times]
+    lines[-1]["key"] = "own"
+    manifest = read_manifest(write_manifest(tmp_path / "m.jsonl", lines))
+    assert [r.key for r in manifest] == ["a.wav", "a.wav-1500-3250", "a.wav-3250-end", "a.wav-0-2000", "own"]
+    parts = [(None, None), (1.5, 3.25), (3.25, None), (None, 2), (None, None)]
+    assert [record.part for record in manifest] == [(manifest[0].wav, *part) for part in parts]
+    assert [record.duration for record in manifest] == [None, 1.75, None, 2, 9]
+    assert manifest.durations[1] == 1.75  # so no header is read
+
+
+@pytest.mark.parametrize(
+    "part",
+    ['"start": -1', '"start": "1"', '"start": 2, "end": 2', '"end": 0', '"end": 1e999', '"start": NaN', '"end": [1]'],
+)
+def test_a_part_that_is_none_is_refused(tmp_path, part):
+    (tmp_path / "m.jsonl").write_text(f'{{"wav": "a.wav", "txt": "a", {part}}}\n')
+    with pytest.raises(InputError, match=r'm.jsonl:1: "start" and "end" must be numbers of seconds in the file'):
+        read_manifest(tmp_path / "m.jsonl")
+
+
 def test_a_line_costs_some_forty_bytes_of_memory(tmp_path):
     """A record as a Python object takes 700 bytes: a million lines once were 700 MB, and that in every data worker."""
     path, lines = tmp_path / "m.jsonl", 20_000

@@ -97,6 +97,18 @@ def test_a_truncated_file_is_decoded_as_far_as_it_goes_and_reported(trained, tmp
     assert "truncated" in (err := capsys.readouterr().err) or "corrupt after" in err
 
 
+def test_a_part_is_decoded_and_one_that_the_file_cuts_off_is_reported(trained, tmp_path, capsys, echo):
+    write_clip(tmp_path / "a.wav", 3.0)
+    parts = [{"start": 0.5, "end": 1.2}, {"start": 2.0, "end": 4.0}, {"start": 5, "end": 6}, {"start": 1.5}]
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"wav": "a.wav"} | part for part in parts])
+    assert recognize.run(*options(trained, manifest, tmp_path / "r.txt")) == 1
+    keys = ["a.wav-500-1200 0.7", "a.wav-2000-4000 1.0", "a.wav-5000-6000 ", "a.wav-1500-end 1.5"]
+    assert lines(tmp_path / "r.txt") == keys
+    out, err = capsys.readouterr()
+    assert "2 with problems" in out
+    assert "ends 1.00 s before its part does, at 4 s" in err
+
+
 def test_the_number_of_new_tokens_is_bounded_by_the_duration(trained):
     """A model that never stops by itself: half a second and three of silence yield exactly what they are allowed."""
     transcriber = Transcriber.from_checkpoint(trained, num_beams=1, device="cpu")

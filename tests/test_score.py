@@ -10,6 +10,7 @@ import jiwer
 import pytest
 from conftest import run_script
 
+from manifest import read_manifest
 from score import Counts, ScoreError, align, hallucination, normalizer, read_texts, report, score
 
 SCLITE = Path("/usr/lib/sctk/bin/sclite")
@@ -170,6 +171,12 @@ def test_bad_files_name_line_and_remedy(tmp_path, name, data, message):
         read_texts(write(tmp_path / name, data))
     with pytest.raises(ScoreError, match="cannot read"):
         read_texts(tmp_path / "missing.txt")
+
+
+def test_parts_of_a_file_have_the_manifest_s_keys(tmp_path):
+    lines = [b'{"wav": "a.wav", "txt": "one", "start": 1.5, "end": 3.25}', b'{"wav": "a.wav", "txt": "two", "start": 4}']
+    path = write(tmp_path / "m.jsonl", b"\n".join(lines))
+    assert list(read_texts(path)) == [record.key for record in read_manifest(path)] == ["a.wav-1500-3250", "a.wav-4000-end"]
 
 
 def test_command_line(tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, audio, batch_of, build_system, run_script, write_manifest
+from conftest import DATA, RATE, audio, batch_of, build_system, run_script, write_manifest
 from safetensors.torch import load_file
 from test_train import TOKENS, arguments
 
@@ -16,6 +16,8 @@ import recognize
 import score
 import train
 import watch
+from dataset import SpeechDataset
+from manifest import read_manifest
 from recognize import DecodeArguments, Hypothesis, Transcriber
 from settings import InputError
 
@@ -312,6 +314,19 @@ def test_a_text_has_ended_if_its_end_of_turn_came_before_the_limit(tiny, monkeyp
     transcriber = Transcriber(system.model, system.prompt, DecodeArguments(max_new_tokens=3))
     found = transcriber.hypotheses([audio(1.0, i) for i in range(3)])
     assert found == [Hypothesis("a", True), Hypothesis("aaa", False), Hypothesis("aa", True)]
+
+
+def test_of_a_part_of_a_file_only_the_part_is_decoded(tiny, tmp_path, monkeypatch):
+    system, heard = build_system(tiny.qwen2, tiny.whisper), []
+    line = {"wav": str(tiny.root / "3.wav"), "start": 0.4, "end": 1.2, "txt": "a"}
+    manifest = read_manifest(write_manifest(tmp_path / "dev.jsonl", [line]))
+    dataset = SpeechDataset(manifest, system.prompt, system.settings, 512)
+    written = [Hypothesis("a", True)]
+    monkeypatch.setattr(Transcriber, "hypotheses", lambda self, clips: heard.extend(map(len, clips)) or written)
+    flags = {"eval_clips": 0, "seed": 0, "process_index": 0, "world_size": 1, "per_device_eval_batch_size": 1}
+    trainer = SimpleNamespace(args=SimpleNamespace(predict_with_generate=True, **flags), model=system.model)
+    assert watch.dev_metrics(trainer, dataset)["wer"] == 0
+    assert heard == [0.8 * RATE]
 
 
 def test_tensorboard_gets_every_loss(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,342 @@
+"""Corpora that people have → a jsonl with durations, for train.py, recognize.py and score.py.
+
+    python prepare.py librispeech LibriSpeech/train-clean-100 --out train.jsonl
+    python prepare.py aishell data_aishell --split train --out train.jsonl
+    python prepare.py commonvoice cv-corpus-24.0/ja --split train --out train.jsonl
+    python prepare.py folder DIR --out train.jsonl         # DIR/audio/…/NAME.wav and DIR/transcriptions/…/NAME.txt
+    python prepare.py kaldi data/train --out train.jsonl   # wav.scp, text, segments, utt2spk, spk2gender
+    python prepare.py huggingface NAME_OR_FOLDER --split train --out train.jsonl   # pip install 'datasets>=4'
+
+Every file is opened for its length. What cannot be used stands with its reason in train.left_out.txt beside train.jsonl;
+broken files are told on stderr too, and make the exit code 1. The order is that of the corpus, or of the files' names.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from whisper.audio import SAMPLE_RATE
+
+from audio import count_samples
+from settings import InputError, first_line, one_line_errors
+
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".mp4", ".aif", ".aiff", ".sph", ".au")
+OVERSHOOT = 0.5  # seconds that a segment may end behind its file, as in Kaldi's extract-segments: it is cut there
+TOLD = 20  # broken files on stderr; all are in the list
+OURS = ("key", "wav", "txt", "duration", "start", "end", "speaker")  # names that no corpus gives another meaning
+TEXTS = ("txt", "text", "sentence", "transcription", "transcript", "normalized_text")
+SPEAKERS = ("speaker", "speaker_id", "client_id")
+
+# what wav.scp may say instead of a file, and mean no more than that: FILE has nothing that a shell would change
+FILE = r"""(?:"(?P<a>[^"$`\\]+)"|'(?P<b>[^']+)'|(?P<c>(?!-)[\w./+:@%,=-]+))"""
+COMMANDS = [
+    re.compile(rf"(?:[\w./-]*/)?{command}\s*\|")
+    for command in (
+        rf"sph2pipe(?:\s+-f\s*(?:wav|riff?)|\s+-p)*\s+{FILE}",
+        rf"flac(?:\s+-[cds]+|\s+--(?:stdout|decode|silent|totally-silent))+\s+{FILE}",
+        rf"sox(?:\s+-(?:G|V\d?))*\s+{FILE}(?:\s+-(?:t\s*wav|r\s*[\d.]+k?|b\s*\d+|c\s*1|e\s*signed(?:-integer)?))*\s+-",
+    )
+]
+
+# key, wav, txt (None: no transcript); start and end in seconds, of a part; speaker, and what else is known
+Clip = dict[str, Any]
+
+
+# --- corpora: (folder, flags) → clips
+
+
+def librispeech(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
+    """84/121123/84-121123.trans.txt beside 84/121123/84-121123-0000.flac; gender from SPEAKERS.TXT above, where it is."""
+    known = next((path for there in (root, root.parent) if (path := there / "SPEAKERS.TXT").is_file()), None)
+    rows = [row.split("|") for _, row in read_lines(known) if not row.startswith(";")] if known else []
+    genders = {row[0].strip(): {"gender": row[1].strip()} for row in rows if len(row) > 1}
+    for texts in files(root / (args.split or ""), (".trans.txt",)):
+        speaker, _, chapter = texts.name.removesuffix(".trans.txt").partition("-")
+        for key, txt in table(texts).items():
+            clip = {"key": key, "wav": texts.parent / f"{key}.flac", "txt": txt, "speaker": speaker, "chapter": chapter}
+            yield clip | genders.get(speaker, {})
+
+
+def aishell(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
+    """wav/train/S0002/BAC009S0002W0122.wav, transcript/aishell_transcript_v0.8.txt, whose spaces are left out."""
+    choose(args, (path.name for path in root.glob("wav/*") if path.is_dir()))
+    texts = table(root / "transcript" / "aishell_transcript_v0.8.txt")
+    for wav in files(root / "wav" / args.split, (".wav",)):
+        txt = texts.get(wav.stem)
+        yield {"key": wav.stem, "wav": wav, "txt": txt and "".join(txt.split()), "speaker": wav.parent.name}
+
+
+def commonvoice(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
+    """SPLIT.tsv (client_id, path, sentence, …) beside clips/*.mp3."""
+    choose(args, (path.stem for path in root.glob("*.tsv")))
+    tsv = root / f"{args.split}.tsv"
+    rows = csv.DictReader((row for _, row in read_lines(tsv)), delimiter="\t", quoting=csv.QUOTE_NONE)
+    lacking = {"client_id", "path", "sentence"} - set(rows.fieldnames or ())
+    if lacking:
+        raise InputError(f"{tsv}:1: no column {', '.join(sorted(lacking))}: is it a list of clips?")
+    for row in rows:
+        path, txt, speaker = row.pop("path"), row.pop("sentence"), row.pop("client_id")
+        if path is None or txt is None:
+            raise InputError(f"{tsv}: the row of client_id {speaker} is cut off: fetch the file again")
+        wav = root / "clips" / (path if Path(path).suffix else f"{path}.mp3")  # the first releases left it out
+        yield {"key": wav.stem, "wav": wav, "txt": txt, "speaker": speaker, **others(row)}
+
+
+def folder(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
+    """audio/A/1.wav and transcriptions/A/1.txt; or, without a folder audio/, A/1.wav and A/1.txt side by side."""
+    apart = (root / "audio").is_dir()
+    audio, texts = (root / "audio", root / "transcriptions") if apart else (root, root)
+    for wav in files(audio / (args.split or ""), AUDIO):
+        key = wav.relative_to(audio).with_suffix("").as_posix()
+        text = texts / f"{key}.txt"
+        yield {"key": key, "wav": wav, "txt": " ".join(row for _, row in read_lines(text)) if text.is_file() else None}
+
+
+def kaldi(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
+    """A data folder: wav.scp; text, segments, utt2spk, spk2gender where they are. Its commands are never run: a plain
+    sph2pipe, flac or sox stands for the file that it reads, any other is refused. Paths are seen from here, or from root."""
+    known = {name: table(root / name) if (root / name).is_file() else {} for name in ("text", "utt2spk", "spk2gender")}
+    recordings = {key: kaldi_file(entry, key, root) for key, entry in table(root / "wav.scp").items()}
+    clips = ({"key": key, "wav": wav} for key, wav in recordings.items())
+    if (root / "segments").is_file():
+        clips = (kaldi_segment(where, row, recordings) for where, row in read_lines(root / "segments"))
+    for clip in clips:
+        speaker = known["utt2spk"].get(clip["key"])
+        extra = {"speaker": speaker, "gender": known["spk2gender"].get(speaker)}
+        yield clip | {"txt": known["text"].get(clip["key"])} | {name: value for name, value in extra.items() if value}
+
+
+def kaldi_file(entry: str, key: str, root: Path) -> Path:
+    """The file that an entry of wav.scp names."""
+    if "|" in entry:
+        found = next(filter(None, (command.fullmatch(entry) for command in COMMANDS)), None)
+        if not found:
+            what = f"{root / 'wav.scp'}: {key} is what a command prints ({entry}), and commands are never run here"
+            raise InputError(f"{what}: let it write a file, and name that file")
+        entry = found["a"] or found["b"] or found["c"]
+    elif re.search(r"\.ark:\d+$", entry) or entry in ("", "-"):
+        raise InputError(f"{root / 'wav.scp'}: {key} is not a file of its own ({entry}): write it to one (wav-copy does)")
+    return Path(entry) if os.path.exists(entry) else root / entry
+
+
+def kaldi_segment(where: str, row: str, recordings: dict[str, Path]) -> Clip:
+    try:
+        key, recording, start, end = row.split()[:4]
+        start, end = float(start), float(end)
+    except ValueError:
+        raise InputError(f"{where}: expected `utterance recording start end`, times in seconds") from None
+    if not (start >= 0 and (end > start or end == -1)):
+        raise InputError(f"{where}: expected 0 ≤ start < end (or an end of -1, which is the recording's)")
+    if recording not in recordings:
+        raise InputError(f"{where}: the recording {recording} is not in wav.scp: add it there")
+    return {"key": key, "wav": recordings[recording], "start": start, "end": None if end == -1 else end}
+
+
+def huggingface(root: Path, args: argparse.Namespace) -> Iterator[Clip]:
+    """A dataset of the hub, or a folder of one; its sounds are written, undecoded, into a folder named like the jsonl."""
+    try:
+        import datasets
+
+        if int(datasets.__version__.split(".")[0]) < 4:  # it would run the dataset's own script
+            raise ImportError
+    except ImportError:
+        raise InputError("a Hugging Face dataset needs the package datasets: pip install 'datasets>=4'") from None
+    try:
+        if any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data = datasets.load_from_disk(args.source)
+        else:
+            data = datasets.load_dataset(args.source, args.config, split=args.split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot load the dataset {args.source!r}: {first_line(error.__cause__ or error)}") from None
+    if isinstance(data, datasets.DatasetDict):
+        choose(args, data)
+        data = data[args.split]
+    sound = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Audio)), None)
+    text = args.text_field or next((name for name in TEXTS if name in data.features), None)
+    if sound is None or text not in (None, *data.features):
+        missing = "that holds audio" if sound is None else text
+        raise InputError(f"{args.source}: no column {missing} (there: {', '.join(data.features)})")
+    speaker = next((name for name in SPEAKERS if name in data.features), None)
+    target = args.out.with_suffix("")
+    target.mkdir(parents=True, exist_ok=True)
+    rows = data.cast_column(sound, datasets.Audio(decode=False))
+    for number, row in enumerate(tqdm(rows, desc="writing", unit="clip", disable=None)):
+        wav, content = Path(row[sound]["path"] or ""), row[sound]["bytes"]
+        if content is not None:
+            wav = target / f"{number:07d}{wav.suffix or '.audio'}"
+            wav.write_bytes(content)
+        clip = {"key": f"{number:07d}", "wav": wav, "txt": row.pop(text, None)}
+        yield clip | ({"speaker": str(row.pop(speaker))} if speaker else {}) | others(row)
+
+
+CORPORA = {corpus.__name__: corpus for corpus in (librispeech, aishell, commonvoice, folder, kaldi, huggingface)}
+
+
+# --- what they share
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("path:number", line) of each line that is not blank; raises InputError for what is no UTF-8 text."""
+    try:
+        with path.open("rb") as file:
+            for number, row in enumerate(file, start=1):
+                if row.strip():
+                    yield f"{path}:{number}", row.decode("utf-8-sig").strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): is this the folder of the corpus?") from None
+
+
+def table(path: Path) -> dict[str, str]:
+    """Lines `key value`; raises InputError for a key that stands there twice."""
+    rows: dict[str, str] = {}
+    for where, row in read_lines(path):
+        key, *value = row.split(maxsplit=1)
+        if key in rows:
+            raise InputError(f"{where}: {key} was seen before")
+        rows[key] = value[0].strip() if value else ""
+    return rows
+
+
+def files(root: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Files anywhere in a folder, sorted, hidden ones left out; raises InputError if there are none."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(root, onerror=stop, followlinks=True)
+    paths = sorted(Path(there, name) for there, _, names in walk for name in names if name.lower().endswith(endings))
+    paths = [path for path in paths if not path.name.startswith(".")]
+    if not paths:
+        raise InputError(f"{root}: no {endings[0]} file in it: is it the right folder, and unpacked?")
+    return paths
+
+
+def others(row: dict) -> Clip:
+    """The fields of a row that may be kept under their names: texts that are not empty, and numbers."""
+    return {n: v for n, v in row.items() if n not in OURS and isinstance(v, str | int | float) and v == v and v != ""}
+
+
+def choose(args: argparse.Namespace, there: Iterable[str]) -> None:
+    """Raise InputError unless --split is one of those that are there."""
+    there = sorted(there)
+    if args.split not in there:
+        parts = f"give --split, one of {', '.join(there)}" if there else "no part in it: is it the right folder, unpacked?"
+        raise InputError(f"{args.source}: {parts}")
+
+
+def length(wav: Path) -> float | str:
+    """Seconds, or what is wrong with the file."""
+    try:
+        str(wav).encode()
+        return count_samples(wav) / SAMPLE_RATE or "has no samples"
+    except (InputError, OSError) as error:
+        return first_line(error).removeprefix(f"{wav}: ").removesuffix(": mend the file or remove the line")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+
+
+def as_written(clip: Clip, seconds: float, beside: str) -> Clip | str:
+    """The line of a clip of a file of so many seconds, or why it cannot be used."""
+    start, end, part = clip.get("start"), clip.get("end"), {}
+    if (start or 0) >= seconds or (end or 0) > seconds + OVERSHOOT:
+        return f"its part from {start or 0:g} to {'the end' if end is None else f'{end:g}'} s is not in its {seconds:.2f} s"
+    if start is not None or end is not None:
+        start, end = start or 0, min(seconds if end is None else end, seconds)
+        part, seconds = {"start": round(start, 3), "end": round(end, 3)}, end - start
+    wav = os.path.abspath(clip["wav"])
+    wav = os.path.relpath(wav, beside) if wav.startswith(os.path.join(beside, "")) else wav
+    txt = {} if clip["txt"] is None else {"txt": " ".join(clip["txt"].split())}
+    extra = {name: value for name, value in clip.items() if name not in OURS or name == "speaker"}
+    return {"key": clip["key"], "wav": wav, **txt, "duration": round(seconds, 3), **part, **extra}
+
+
+def prepare(clips: Sequence[Clip], out: Path, untranscribed: bool = False) -> int:
+    """Measure clips and write `out`, whole or not at all, and the list of what is left out; returns the exit code.
+
+    Clips without a transcript are left out unless `untranscribed`. Raises InputError for two clips of one key, and if none
+    is left.
+    """
+    seen: dict[str, Clip] = {}
+    for clip in clips:
+        clip["key"] = "_".join(clip["key"].split())
+        other = seen.setdefault(clip["key"], clip)
+        if other is not clip:
+            raise InputError(f"{clip['wav']} and {other['wav']} have the same key, {clip['key']}: rename or remove one")
+    wavs = list(dict.fromkeys(clip["wav"] for clip in clips if untranscribed or clip["txt"] is not None))
+    with ThreadPool(os.cpu_count()) as pool:  # libsndfile and ffmpeg leave Python's lock to others
+        measured = tqdm(pool.imap(length, wavs, chunksize=16), "measuring", len(wavs), unit="file", disable=None)
+        lengths = dict(zip(wavs, measured, strict=True))
+    lines, silent, broken, beside = [], [], [], os.path.abspath(out.parent)
+    total, speakers = 0.0, set()
+    for clip in clips:
+        if clip["txt"] is None and not untranscribed:
+            silent.append(f"{clip['wav']}: no transcript")
+            continue
+        seconds = lengths[clip["wav"]]
+        line = seconds if isinstance(seconds, str) else as_written(clip, seconds, beside)
+        if isinstance(line, str):
+            broken.append(f"{clip['wav']}: {line}")
+        else:
+            lines.append(json.dumps(line, ensure_ascii=False))
+            total += line["duration"]
+            speakers |= {line.get("speaker")} - {None}
+    listed = out.with_suffix(".left_out.txt")
+    replace(listed, broken + silent)
+    more = [f"{len(broken) - TOLD} more: see {listed}"] if len(broken) > TOLD else []
+    for problem in broken[:TOLD] + more:
+        print(problem, file=sys.stderr)
+    if not lines:
+        raise InputError(f"{out} is not written: all {len(clips)} clips are left out, the first is {(broken + silent)[0]}")
+    replace(out, lines)
+    heard, without = f" of {len(speakers)} speakers" if speakers else "", f"{len(silent)} without a transcript"
+    print(f"{out}: {len(lines)} clips{heard}, {total / 3600:.2f} h; left out: {len(broken)} broken, {without}")
+    return 1 if broken else 0
+
+
+def replace(path: Path, lines: list[str]) -> None:
+    """Put lines in a file's place, whole or not at all; no lines, no file."""
+    if not lines:
+        return path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        return os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", choices=CORPORA)
+    parser.add_argument("source", help="its folder; of huggingface, a folder or a name")
+    parser.add_argument("--out", type=Path, required=True, help="the jsonl; audio in its folder is named relative to it")
+    parser.add_argument("--split", help="which part, where the corpus has several")
+    parser.add_argument("--untranscribed", action="store_true", help="keep clips without a transcript: lines without txt")
+    parser.add_argument("--config", help="huggingface: the configuration of the dataset, as en")
+    parser.add_argument("--text_field", help="huggingface: the column of the transcript")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        try:
+            if args.out.suffix != ".jsonl":
+                raise InputError(f"--out {args.out}: give it a name that ends in .jsonl")
+            return prepare(list(CORPORA[args.corpus](Path(args.source), args)), args.out, args.untranscribed)
+        except OSError as error:
+            raise InputError(f"{error.filename or args.out}: {error.strerror}") from None
+        except KeyboardInterrupt:
+            raise InputError(f"interrupted: {args.out} is as it was") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
