@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
 # Real speech and two small real models, without GPU or model hub.
 #   bash demo/demo.sh                  the checkpoint that comes along hears test prompts, is fine-tuned, hears them again
+#   bash demo/demo.sh --pseudo-labels  the same, on what Whisper hears in the training prompts instead of their transcripts
 #   bash demo/demo.sh --from-scratch   no checkpoint: makes speech, trains on it, hears prompts, within 15 minutes
 # Ctrl-C stops it anywhere; started again it continues, and skips what is done. rm -r demo/exp starts over.
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
-case ${1-} in '') scratch= ;; --from-scratch) scratch=1 ;; *) fail "unknown flag $1: there is --from-scratch" ;; esac
+data=demo/data/train.jsonl tuned=tuned after=after
+case ${1-} in
+'') ;;
+--from-scratch) ;;
+--pseudo-labels) data=demo/exp/labels/kept.jsonl tuned=tuned-labels after=after-labels ;;
+*) fail "unknown flag $1: there are --from-scratch and --pseudo-labels" ;;
+esac
 trap 'echo "error: the demo stopped at the last command above; started again, it continues there" >&2' ERR
 
 out=demo/exp
@@ -45,7 +52,7 @@ say "Two small real models"
 make_once demo/models/SmolLM2-135M-Instruct python demo/fetch_models.py
 mkdir -p "$out"
 
-if [ "$scratch" ]; then
+if [ "${1-}" = --from-scratch ]; then
     say "Speech to learn from: three hours, synthesised (some minutes on 2 cores)"
     python demo/make_speech.py --hours 3 --out "$out/speech3h" # continues by itself
     # three of four training prompts join it, the others tell how it goes
@@ -70,18 +77,30 @@ say "At once: the checkpoint that comes along hears prompts and a voice it never
 recognize demo/pretrained "$test" "$out/before.txt"
 pairs "$test" "$out/before.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
 
-say "Fine-tuning on the 471 training prompts"
-train demo/data/train.jsonl "$out/tuned" --checkpoint demo/pretrained --align_steps 200 --max_steps 200 \
+if [ "${1-}" = --pseudo-labels ]; then
+    say "What Whisper hears in the 471 training prompts, whose transcripts are left aside"
+    sed 's#"txt": "[^"]*", ##; s#"wav": "#"wav": "../data/#' demo/data/train.jsonl >"$out/speech.jsonl"
+    make_once "$out/labels/labels.jsonl" python label.py --teacher demo/models/whisper-tiny.en.pt \
+        --data_path "$out/speech.jsonl" --out "$out/labels" --suppress_numerals
+    make_once "$data" python filter_labels.py --labels "$out/labels" --plain
+    grep -F -f <(grep -o '"key": "[^"]*"' "$data") demo/data/train.jsonl >"$out/checked.jsonl"
+    printf '%-42s %s\n' "WER of all labels" "$(wer demo/data/train.jsonl "$out/labels/labels.jsonl")" \
+        "WER of the labels that were kept" "$(wer "$out/checked.jsonl" "$data")"
+fi
+
+say "Fine-tuning on the $(grep -c . "$data") training prompts"
+train "$data" "$out/$tuned" --checkpoint demo/pretrained --align_steps 200 --max_steps 200 \
     --per_device_train_batch_size 16 --learning_rate 5e-4 --projector_dropout 0.1
 
 say "The test prompts again"
-recognize "$out/tuned" "$test" "$out/after.txt"
-pairs "$test" "$out/after.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
+recognize "$out/$tuned" "$test" "$out/$after.txt"
+pairs "$test" "$out/$after.txt" '^(conf-full|is-in-use|vm-toforward|digits-day-4|tt-weasels):'
 
 say "WER of the 70 test prompts (Whisper's English normalizer)"
-for when in before after; do
+for when in before after after-labels; do
+    [ -e "$out/$when.txt" ] || continue
     printf '$ python score.py --ref %s --hyp %s --normalizer english\n' "$test" "$out/$when.txt"
     printf '%-12s %s\n' "$when" "$(wer "$test" "$out/$when.txt")"
 done
-printf '\ntranscripts: %s/after.txt   loss curve: %s/tuned/curve.png   checkpoint: %s/tuned\n' "$out" "$out" "$out"
+printf '\ntranscripts: %s   loss curve: %s/curve.png   checkpoint: %s\n' "$out/$after.txt" "$out/$tuned" "$out/$tuned"
 echo "your own files: python recognize.py FILE.wav …"

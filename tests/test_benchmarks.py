@@ -6,13 +6,16 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, RATE, ROOT, build_system, run_script
+from conftest import DATA, RATE, ROOT, build_system, run_script, write_manifest
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
+
+from manifest import read_manifest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import decode_throughput
 import decoders
+import report
 import train_throughput
 
 
@@ -42,6 +45,22 @@ def test_train_throughput_prints_every_table(tiny):
     assert list(cells(done.stdout, "clips of")) == ["1 s", "2 s"]
     assert re.search(r"matrix products +\|", done.stdout)
     assert "kB a second" in done.stdout
+
+
+def test_report_has_a_row_for_each_system(real, tmp_path, monkeypatch, capsys):
+    """PocketSphinx, where it is not installed, is left out with a line. A short prompt that all hear right."""
+    record = next(record for record in read_manifest(DATA / "train.jsonl") if record.key == "conf-onlyone")
+    line = {"key": record.key, "wav": str(record.wav), "txt": record.txt}
+    path = write_manifest(tmp_path / "one.jsonl", [line])
+    monkeypatch.setattr(sys, "argv", ["report.py", "--data_path", str(path)])
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    report.main()
+    printed = capsys.readouterr()
+    rows = cells(printed.out, "system")
+    assert list(rows) == ["hark, ctc", "hark, joint, beam 4", "whisper-tiny.en, beam 5"]
+    assert rows["whisper-tiny.en, beam 5"][:2] == ["0.0", "0.0"]
+    assert [row[4] for row in rows.values()] == ["11", "147", "37"]  # millions of parameters that run
+    assert "no row for PocketSphinx: pip install pocketsphinx" in printed.err
 
 
 def test_a_mistake_is_one_line(tiny):

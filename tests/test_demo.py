@@ -106,6 +106,7 @@ while [[ $# -gt 0 ]]; do
     --result_path) touch "$2" ;;
     demo/fetch_models.py) mkdir -p demo/models/SmolLM2-135M-Instruct ;;
     --out) mkdir -p "$2" && echo '{"wav": "a.wav"}' >"$2/train.jsonl" ;;
+    --labels) echo '{"key": "activated", "wav": "a.wav"}' >"$2/kept.jsonl" ;;
     esac
     shift
 done
@@ -161,10 +162,25 @@ def test_the_demo_from_scratch_needs_no_checkpoint_and_keeps_some_prompts_to_its
     assert not set(dev) & set(train)
 
 
+def test_the_demo_trains_on_labels_as_it_does_on_transcripts(demo, tmp_path):
+    """The teacher gets no transcript; the rest is as in the other run, whose result stands beside."""
+    demo()
+    done, calls = demo("--pseudo-labels")
+    assert done.returncode == 0, done.stderr
+    assert [call.split(" --")[0] for call in calls] == [
+        *("label.py", "filter_labels.py", "train tuned-labels", "recognize after-labels.txt")
+    ]
+    speech = (tmp_path / "demo" / "exp" / "speech.jsonl").read_text().splitlines()
+    assert len(speech) == 471
+    assert not any("txt" in json.loads(line) for line in speech)
+    assert re.findall(r"^(before|after|after-labels) +12.34 %", done.stdout, re.M) == ["before", "after", "after-labels"]
+    assert "Fine-tuning on the 1 training prompts" in done.stdout
+
+
 def test_the_demo_refuses_an_unknown_flag(demo):
     done, calls = demo("--from-scrach")
     assert (done.returncode, calls) == (1, [])
-    assert "error: unknown flag --from-scrach: there is --from-scratch" in done.stderr
+    assert "error: unknown flag --from-scrach: there are --from-scratch and --pseudo-labels" in done.stderr
 
 
 @pytest.mark.parametrize(
