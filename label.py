@@ -29,9 +29,10 @@ from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE
 from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
-from audio import load_audio, log_mel
+from audio import log_mel
+from longform import Pieces
 from manifest import Record, read_manifest
-from recognize import cut_at_pauses, out_of_memory, usable_device
+from recognize import out_of_memory, usable_device
 from settings import InputError, first_line, one_line_errors, parse
 
 LONGEST = N_SAMPLES // SAMPLE_RATE  # seconds
@@ -130,22 +131,26 @@ def phrases(tokens: Sequence[int], tokenizer: Tokenizer, seconds: float) -> Iter
 
 
 def named(record: Record) -> dict:
-    return {"key": record.key, "wav": os.path.abspath(record.wav)}
+    part = {"start": record.start, "end": record.end}
+    return {"key": record.key, "wav": os.path.abspath(record.wav)} | {k: t for k, t in part.items() if t is not None}
 
 
-def pieces_of(record: Record, timestamps: bool) -> tuple[list[tuple[float, np.ndarray]], list[dict]]:
-    """What is to be heard of a clip, (start in seconds, samples) each; or the line that says why it cannot be."""
+def pieces_of(record: Record, timestamps: bool) -> tuple[list[tuple[float | None, np.ndarray]], list[dict]]:
+    """What is to be heard of a clip: (None, samples), or (start in the file, samples) of each piece of one over 30 s; or
+    the line that says why there is nothing."""
+    pieces = Pieces(*record.part)
     try:
-        audio, problem = load_audio(record.wav)
+        found = [(piece.start + (record.start or 0), piece.audio) for piece in pieces]
+        problem = pieces.problem or ("" if pieces.seconds else "has no samples")
     except InputError as error:
-        audio, problem = np.zeros(0, np.float32), str(error)
-    if problem or not len(audio):
-        return [], [named(record) | {"problem": problem or "has no samples"}]
-    if len(audio) > N_SAMPLES and not timestamps:
-        return [], [named(record) | {"duration": len(audio) / SAMPLE_RATE}]
-    pieces = cut_at_pauses(audio)
-    starts = np.cumsum([0, *map(len, pieces[:-1])]) / SAMPLE_RATE
-    return list(zip(starts.tolist(), pieces, strict=True)), []
+        problem = str(error)
+    if problem:
+        return [], [named(record) | {"problem": problem}]
+    if pieces.seconds <= LONGEST:
+        return [(None, audio) for _, audio in found], []
+    if timestamps and found:
+        return found, []
+    return [], [named(record) | {"duration": round(pieces.seconds, 3)} | ({"txt": ""} if timestamps else {})]
 
 
 def label(listeners: Sequence[Listener], records: Sequence[Record], timestamps: bool) -> list[list[dict]]:
@@ -158,13 +163,13 @@ def label(listeners: Sequence[Listener], records: Sequence[Record], timestamps: 
     spoken: list[tuple[dict, np.ndarray]] = []
     for (i, at, audio), heard in zip(flat, listeners[0].hear([audio for *_, audio in flat]), strict=True):
         record, seconds = records[i], len(audio) / SAMPLE_RATE
-        spans, long = [(0.0, seconds, heard.text)], len(pieces[i]) > 1
-        if long:
+        spans = [(0.0, seconds, heard.text)]
+        if at is not None:
             spans = list(phrases(heard.tokens, listeners[0].tokenizer, seconds)) or spans
         for start, end, text in spans:
             line = named(record) | {"txt": " ".join(text.split()), "duration": round(end - start, 3)}
             line |= {name: round(getattr(heard, name), 4) for name in HOW_SURE} | {"language": heard.language}
-            if long:
+            if at is not None:
                 line |= {"start": round(at + start, 3), "end": round(at + end, 3)}
                 line["key"] += f"-{round(1000 * line['start'])}-{round(1000 * line['end'])}"
             elif record.txt is not None:

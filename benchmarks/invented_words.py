@@ -126,7 +126,7 @@ def sets(dev: bool, count: int) -> tuple[dict[str, list[Clip]], dict[str, list[C
     """Those measured by WER, and those by invented words."""
     data, seed = ROOT / "demo" / "data", 0 if dev else 1
     records = list(read_manifest(data / "train.jsonl"))[3::4] if dev else list(read_manifest(data / "test.jsonl"))
-    prompts = [Clip(record.key, load_audio(record.wav)[0], record.txt) for record in records]
+    prompts = [Clip(record.key, load_audio(*record.part)[0], record.txt) for record in records]
     rng, some = np.random.default_rng(seed), prompts[::3]
     quiet = [clip._replace(audio=gain(-50) * clip.audio) for clip in some]
     noisy = [

@@ -43,7 +43,7 @@ def make(path: Path, minutes: float, seed: int, silence_db: float) -> list[Recor
             record = prompts[order[len(used) % len(prompts)]]
             length = int(rng.uniform(0.3, 3) * SAMPLE_RATE)
             silence = 10 ** (silence_db / 20) * rng.standard_normal(length)
-            for audio in (load_audio(record.wav)[0], silence):
+            for audio in (load_audio(*record.part)[0], silence):
                 file.write(audio)
                 samples += len(audio)
             used.append(record)

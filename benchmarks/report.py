@@ -113,7 +113,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     records = list(read_manifest(args.data_path))[: args.clips]
-    clips = [load_audio(record.wav)[0] for record in records]
+    clips = [load_audio(*record.part)[0] for record in records]
     references = {record.key: record.txt for record in records}
     seconds = sum(map(len, clips)) / SAMPLE_RATE
     print(f"{len(records)} clips, {seconds / 60:.1f} minutes; {torch.get_num_threads()} threads, {args.dtype}\n")

@@ -108,6 +108,21 @@ def test_a_long_file_is_cut_by_timestamps(real, speech):
     assert 0.7 * seconds < sum(line["duration"] for line in labels) <= seconds
 
 
+def test_a_part_of_a_file_is_labelled_as_a_clip_and_long_silence_said(real, speech, tmp_path):
+    """The second prompt of the 40 s, and 31 s of zeros, in which there is no piece to hear."""
+    first, second = (len(load_audio(record.wav)[0]) / RATE for record in speech.records[:2])
+    soundfile.write(tmp_path / "silence.wav", np.zeros(31 * RATE), RATE)
+    part = {"start": first + 0.5, "end": first + 0.5 + second, "wav": str(speech.root / "long.wav")}
+    manifest = write_manifest(tmp_path / "part.jsonl", [{"key": "part"} | part, {"wav": "silence.wav", "key": "silence"}])
+    flags = ["--teacher", str(real.whisper), "--data_path", str(manifest), "--out", str(tmp_path), "--timestamps"]
+    assert label.main(flags) == 0
+    labelled, silence = lines_of(tmp_path / "labels.jsonl")
+    assert plain(labelled["txt"]) == speech.records[1].txt
+    assert {name: labelled[name] for name in part} == part
+    assert "nothing heard" in faults(measured(silence, FilterArguments()), FilterArguments())
+    assert silence["duration"] == 31
+
+
 def test_phrases_lie_between_timestamps():
     """One that is not closed ends with the window; a time in the padding is the window's end."""
     tokenizer = get_tokenizer(False)
