@@ -243,11 +243,11 @@ def speech_vectors(samples: Any, settings: dict) -> Any:
     return speech_lengths(padded, settings["projector_stride"]).speech * enough
 
 
-def log_mel(audio: np.ndarray, n_mels: int, encoder_padding: str = "none") -> Tensor:
-    """audio (samples,) at 16 kHz → Whisper's log-mel (n_mels, frames), of this clip alone."""
+def log_mel(audio: np.ndarray, n_mels: int, encoder_padding: str = "none", device: str | torch.device = "cpu") -> Tensor:
+    """audio (samples,) at 16 kHz → Whisper's log-mel (n_mels, frames), of this clip alone, on `device`."""
     if encoder_padding == "30s":
         audio = whisper.pad_or_trim(audio)
-    return whisper.log_mel_spectrogram(torch.from_numpy(np.ascontiguousarray(audio, np.float32)), n_mels)
+    return whisper.log_mel_spectrogram(torch.from_numpy(np.ascontiguousarray(audio, np.float32)), n_mels, device=device)
 
 
 @dataclass(frozen=True)

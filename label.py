@@ -104,8 +104,8 @@ class Listener:
     def hear(self, clips: Sequence[np.ndarray]) -> Iterator[DecodingResult]:
         """What Whisper makes of each clip, float32 (samples,) of at most 30 s at 16 kHz."""
         for first in range(0, len(clips), self.batch_size):
-            batch = clips[first : first + self.batch_size]
-            mel = torch.stack([log_mel(clip, self.model.dims.n_mels, "30s") for clip in batch])  # (B, n_mels, 3000)
+            batch, on = clips[first : first + self.batch_size], self.model.device
+            mel = torch.stack([log_mel(clip, self.model.dims.n_mels, "30s", on) for clip in batch])  # (B, n_mels, 3000)
             try:
                 yield from BatchedTask(self.model, self.options).run(mel.to(self.model.device))
             except (RuntimeError, MemoryError) as error:

@@ -506,6 +506,7 @@ def build_model(
     `prompt_ids`: the words of the prompt, from which a soft prompt starts. `settings` is completed with sizes and
     fingerprints. `dtype` is that of the frozen weights. Raises InputError.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: half of a step on an H100
     # float16 loses bits that the fingerprint needs: cast after it is taken
     loaded = torch.float32 if dtype == torch.float16 else dtype
     encoder = SpeechEncoder.from_pretrained(settings["encoder"]["name"], loaded)

@@ -222,7 +222,9 @@ class Transcriber:
         settings, spelling = self.model.settings, self.prompt.spelling
         n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
         ids = torch.tensor(self.prompt.ids)
-        batch = SpeechCollator()([{"input_ids": ids, "mel": log_mel(clip, n_mels, padding)} for clip in clips])
+        on = self.device if self.device.type == "cuda" else "cpu"  # many processors took 55 ms a clip beside an H100
+        mels = [log_mel(clip, n_mels, padding, on) for clip in clips]
+        batch = SpeechCollator()([{"input_ids": ids, "mel": mel} for mel in mels])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         if not self.model.ctc:
             return [_hypothesis(readings) for readings in self._write(batch, clips, args, decoder, None, None)]
