@@ -502,7 +502,7 @@ def test_trn_files_hold_the_normalised_words(sets, capsys):
 @pytest.mark.skipif(not SCLITE.exists(), reason="sclite (Debian package sctk) is not installed")
 @pytest.mark.parametrize("normalize", ["basic", "none"])
 def test_sclite_counts_the_trn_files_alike(tmp_path, capsys, normalize):
-    """Real transcripts, with keys that have neither speakers nor dashes; by the command that the README gives."""
+    """Real transcripts, with keys that have neither speakers nor dashes; by the command that docs/scoring.md gives."""
     references = read_texts(DATA / "test.jsonl")
     heard = {key: text.replace("the", "a").replace("please ", "").upper() for key, text in references.items()}
     write(tmp_path / "r.txt", "".join(f"{key} {text}\n" for key, text in heard.items()).encode())
