@@ -276,6 +276,8 @@ def write(path: Path, data: bytes) -> Path:
         ("r.jsonl", b'{"key": "a", "txt": "x"}\n{"key"', r"r.jsonl:2: not a JSON object"),
         ("r.jsonl", b'{"key": "a"}\n', r'r.jsonl:1: needs the fields "key"'),
         ("r.jsonl", b"[]\n", r"r.jsonl:1: not a JSON object"),
+        ("r.jsonl", b"[" * 100_000, r"r.jsonl:1: not a JSON object"),
+        ("r.jsonl", b'{"txt": "x", "end": 1}', r'r.jsonl:1: needs the fields "key"'),
         ("r.tsv", b"a\tone\n", r"r.tsv:1: a tsv needs a first line that names its columns, key and text among them"),
         ("r.tsv", b"key\ttext\na\n", r"r.tsv:2: 1 columns, 2 names of columns in the first line"),
     ],
@@ -314,10 +316,16 @@ def test_hypotheses_as_recognize_writes_them(tmp_path):
 
 
 def test_a_part_of_a_file_has_the_manifest_s_key_and_duration(tmp_path):
+    """The rule stood in two files once, and an end of 1e999 was a traceback, "start": "1" no JSON object."""
     lines = [b'{"wav": "a.wav", "txt": "one", "start": 1.5, "end": 3.25}', b'{"wav": "a.wav", "txt": "two", "start": 4}']
-    fields = {"duration": {}}
-    assert list(read_texts(write(tmp_path / "m.jsonl", b"\n".join(lines)), fields)) == ["a.wav-1500-3250", "a.wav-4000-end"]
+    path, fields = write(tmp_path / "m.jsonl", b"\n".join(lines)), {"duration": {}}
+    keys = list(read_texts(path, fields))
+    assert keys == [record.key for record in read_manifest(path)] == ["a.wav-1500-3250", "a.wav-4000-end"]
     assert fields == {"duration": {"a.wav-1500-3250": 1.75}}
+    for times in (b'"end": 1e999', b'"start": "1"', b'"start": 2, "end": 1', b'"start": NaN'):
+        write(path, b'{"wav": "a", "txt": "one", %s}' % times)
+        with pytest.raises(ScoreError, match=r'm.jsonl:1: "start" and "end" must be numbers of seconds in the file'):
+            read_texts(path)
 
 
 # --- several systems, several sets
@@ -534,10 +542,3 @@ def test_the_benchmark_of_scale_prints_every_row():
     done = run_script(sys.executable, ROOT / "benchmarks/score_scale.py", "--lines", "50")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\| .* \| \d+\.\d \| \d+ \|$", done.stdout, re.M)) == 5
-
-
-def test_parts_of_a_file_have_the_manifest_s_keys(tmp_path):
-    path = tmp_path / "m.jsonl"
-    lines = ['{"wav": "a.wav", "txt": "one", "start": 1.5, "end": 3.25}', '{"wav": "a.wav", "txt": "two", "start": 4}']
-    path.write_text("\n".join(lines))
-    assert list(read_texts(path)) == [record.key for record in read_manifest(path)] == ["a.wav-1500-3250", "a.wav-4000-end"]
