@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -389,6 +390,40 @@ def test_a_table_by_a_field_adds_up_to_the_whole(sets, capsys):
     assert "| test | \\| |" in printed(capsys, *argv[:4], "--by", "speaker")  # a speaker's name ends no cell
 
 
+def test_a_tsv_s_durations_are_numbers(sets, capsys):
+    """They were texts, each a group of its own."""
+    write(sets / "ref.tsv", b"key\tduration\ttext\na\t1.5\tone\nb\t1.7\ttwo\nc\tnan\tthree\n")
+    write(sets / "hyp.txt", b"a one\nb two\nc three\n")
+    out = printed(capsys, "--ref", sets / "ref.tsv", "--hyp", sets / "hyp.txt", "--errors")
+    assert out.splitlines()[-1] == "WER by duration: nan 0.00 %, 1–2 s 0.00 %"
+
+
+def test_mer_stands_in_every_row_or_in_none(sets, capsys):
+    """A group without Chinese had a dash, as if its rate were unknown."""
+    lines = ['{"key": "a", "txt": "打开my bluetooth", "s": "x"}', '{"key": "b", "txt": "one two", "s": "y"}']
+    write(sets / "ref.jsonl", "\n".join(lines).encode())
+    write(sets / "hyp.txt", "a 打开my blue\nb one\n".encode())
+    out = printed(capsys, "--ref", sets / "ref.jsonl", "--hyp", sets / "hyp.txt", "--by", "s", "--format", "csv")
+    assert [row["MER"] for row in csv.DictReader(io.StringIO(out))] == ["25.0", "50.0", "33.3333"]
+    out = printed(capsys, "--ref", sets / "test.jsonl", "--hyp", sets / "old/test.txt", "--by", "speaker")
+    assert "MER" not in out
+
+
+def test_a_reader_that_has_seen_enough_and_a_console_of_few_letters_are_no_errors(sets):
+    """`score.py … | head` ended in a traceback, and without the page; so did "→" where the console has no such letter."""
+    write(sets / "ref.txt", b"a \xe6\x89\x93 one\n")
+    write(sets / "hyp.txt", b"a \xe6\x89\x93 two\n")
+    argv = [sys.executable, ROOT / "score.py", "--ref", "ref.txt", "--hyp", "hyp.txt", "--errors", "--html", "page.html"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(argv, cwd=sets, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (sets / "page.html").exists()
+    done = subprocess.run(argv, cwd=sets, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=True)
+    assert rb"1 \xd7 one \u2192 two" in done.stdout
+
+
 def test_frequent_errors_worst_clips_and_durations(sets, capsys):
     write(sets / "ref.jsonl", b'{"key": "a", "txt": "y x z", "duration": 1.5}\n{"key": "b", "txt": "x y", "duration": 9}\n')
     write(sets / "hyp.txt", b"a w x\nb now x w\n")
@@ -419,11 +454,17 @@ def test_frequent_errors_worst_clips_and_durations(sets, capsys):
         ("--ref test.jsonl --hyp old/test.txt --by mood", r'test.jsonl: no line has the field "mood"'),
         ("--ref test.jsonl --hyp old/test.txt --format csv --errors", "--per_utterance and --errors are text"),
         ("--ref test.jsonl --hyp old/test.txt --html none/r.html", r"none/r.html: cannot write \(No such file"),
-        ("--ref test.jsonl --hyp old/test.txt --bootstrap -1", r"--bootstrap -1: a number of resamples, or 0 for none"),
+        ("--ref test.jsonl --hyp old/test.txt --bootstrap -1", r"--bootstrap -1: a number from 0 on"),
+        ("--ref test.jsonl --hyp old/test.txt new/test.txt --seed -1", r"--seed -1: a number from 0 on"),  # was a traceback
+        ("--ref test.jsonl --hyp old/test.txt --errors -1", r"--errors -1: a number from 0 on"),  # all but the last
+        ("--ref empty.txt --hyp old/test.txt", r"empty.txt: no line in it"),
+        ("--ref set.jsonl --hyp old/test.txt --by set", r"--by set: the table has a column of that name: call the field"),
     ],
 )
 def test_mistakes_on_the_command_line(sets, monkeypatch, argv, message):
     monkeypatch.chdir(sets)
+    write(sets / "empty.txt", b"\n")
+    write(sets / "set.jsonl", (sets / "test.jsonl").read_bytes().replace(b"speaker", b"set"))  # its table had "A WER" …
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main(argv.split())
 
