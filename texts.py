@@ -127,7 +127,7 @@ def _tsv_line(line: str, heads: list[str], where: str, text_field: str) -> dict[
 
 def write_trn(path: Path, texts: Iterable[tuple[str, str]]) -> None:
     """(key, text) as sclite's trn, `text (key)`; raises ScoreError for characters that sclite takes for its own."""
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="replace") as file:  # JSON may hold half a character
         for key, text in texts:
             strange = set("(){}@;*\\") & set(text) or set("()") & set(key)
             if strange:

@@ -542,6 +542,9 @@ def test_trn_files_hold_the_normalised_words(sets, capsys):
     assert len((sets / "trn/hyp.trn").read_text().splitlines()) == 60
     printed(capsys, *both(sets), "--trn", sets / "many")
     assert (sets / "many/old.test/hyp.trn").read_text() == (sets / "trn/hyp.trn").read_text()
+    write(sets / "half.jsonl", rb'{"key": "a", "txt": "one \ud800"}')  # was a traceback
+    printed(capsys, "--ref", sets / "half.jsonl", "--hyp", sets / "half.jsonl", "--trn", sets / "half")
+    assert (sets / "half/ref.trn").read_text() == "one ? (a)\n"
     write(sets / "ref.txt", b"a {one / two}\n")
     argv = ["--ref", str(sets / "ref.txt"), "--hyp", str(sets / "ref.txt"), "--normalizer", "none", "--trn", str(sets)]
     with pytest.raises(SystemExit, match=r"ref.trn: [{}] means something to sclite, in a: "):
