@@ -1,5 +1,6 @@
 """What is told of several results: a row of numbers for each, which is better, and where they err."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align import alignments, paired
+from texts import ScoreError
 
 if TYPE_CHECKING:
     from score import Score
@@ -43,16 +45,22 @@ class ScoredSet:
         }
 
     def rows(self, by: str | None, resamples: int, seed: int) -> Iterator[dict[str, Any]]:
-        """A row of numbers for each system and group, and for each system, the latter compared with the first one's."""
+        """A row of numbers for each system and group, and for each system, the latter compared with the first one's.
+
+        Raises ScoreError for a field named like a number.
+        """
         first = None
         for system, result in self.results.items():
             where, raw = {"system": system, "set": self.name}, self.raw.get(system)
+            total = rates(result, raw)
+            total |= compared(result, first, resamples, seed) if resamples and result.words.reference_length else {}
+            if by in where | total:
+                raise ScoreError(f"--by {by}: the table has a column of that name: call the field of {self.path} otherwise")
             if by:
                 raws = self.groups(raw, by) if raw else {}
                 for name, part in self.groups(result, by).items():
                     yield where | {by: name} | rates(part, raws.get(name))
-            row = where | ({by: ALL} if by else {}) | rates(result, raw)
-            yield row | (compared(result, first, resamples, seed) if resamples and result.words.reference_length else {})
+            yield where | ({by: ALL} if by else {}) | total
             first = first or result
 
     def error_lines(self, result: "Score", most: int) -> Iterator[str]:
@@ -69,9 +77,17 @@ class ScoredSet:
 
 def group(field: str, value: Any) -> str:
     """The name of the group that a manifest's value falls into: for durations one of BUCKETS, else the value."""
-    if field == "duration" and isinstance(value, int | float):
-        return BUCKETS[int(np.searchsorted(EDGES, value, side="right"))]
+    if field == "duration" and (length := seconds(value)) is not None:
+        return BUCKETS[int(np.searchsorted(EDGES, length, side="right"))]
     return "(none)" if value is None else str(value)
+
+
+def seconds(duration: Any) -> float | None:
+    """A manifest's duration, which a tsv has as a text; None if it is no finite number."""
+    try:
+        return float(duration) if math.isfinite(float(duration)) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def frequent_errors(result: "Score") -> dict[str, Counter[str]]:
@@ -91,8 +107,7 @@ def frequent_errors(result: "Score") -> dict[str, Counter[str]]:
 
 def rates(result: "Score", raw: "Score | None") -> dict[str, Any]:
     """Numbers of one result; rates in percent, None without a reference word."""
-    words, counts = result.words, {"WER": result.words, "CER": result.characters}
-    counts |= {"MER": result.mixed} if result.mixed != words else {}
+    words, counts = result.words, {"WER": result.words, "CER": result.characters, "MER": result.mixed}
     counts |= {"raw WER": raw.words, "raw CER": raw.characters} if raw else {}
     numbers: dict[str, Any] = {"utterances": len(result.utterances), "missing": len(result.missing)}
     numbers |= {name: percent(count.rate) for name, count in counts.items()}

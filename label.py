@@ -195,8 +195,8 @@ def batches(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]
 
 def read_lines(path: Path) -> list:
     """The JSON lines of a file that label.py wrote; a last line that a kill cut off is left out."""
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     try:
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise InputError(f"{path}: not as label.py wrote it ({error}): remove it to label again") from None

@@ -25,9 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from settings import InputError
-
-NUMBER = (int, float)  # int | float would be made anew for each of a million lines
-BOM = b"\xef\xbb\xbf"
+from texts import BOM, NUMBER, is_part, part_key
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def parse_line(line: bytes, path: Path, number: int, form: Form = AS_IS) -> Row:
         raise wrong(f'field "{form.audio}" is missing or not a text: it names the audio file')
     txt, duration, start, end = item.get(form.text), item.get("duration"), item.get("start"), item.get("end")
     if start is not None or end is not None:
-        if not _is_part(start, end):
+        if not is_part(start, end):
             raise wrong('"start" and "end" must be numbers of seconds in the file, 0 ≤ start < end')
         wav_key = part_key(wav, start, end)
         duration = duration if end is None else end - (start or 0)
@@ -114,17 +112,6 @@ def parse_line(line: bytes, path: Path, number: int, form: Form = AS_IS) -> Row:
     if duration is not None and not (isinstance(duration, NUMBER) and math.isfinite(duration) and duration >= 0):
         raise wrong('field "duration" is not a number of seconds')
     return key, wav, txt if txt is None else form.clean(txt), duration, start, end
-
-
-def _is_part(start: Any, end: Any) -> bool:
-    start = 0 if start is None else start
-    finite = all(isinstance(time, NUMBER) and math.isfinite(time) for time in (start, 0 if end is None else end))
-    return finite and start >= 0 and (end is None or start < end)
-
-
-def part_key(wav: str, start: float | None, end: float | None) -> str:
-    """`wav-START-END` in milliseconds: the key of a part that has none of its own."""
-    return f"{wav}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
 
 
 class Manifest(Sequence):

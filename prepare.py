@@ -208,17 +208,26 @@ def table(path: Path) -> dict[str, str]:
 
 
 def files(root: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Files anywhere in a folder, sorted, hidden ones left out; raises InputError if there are none."""
+    """Files anywhere in a folder, sorted, hidden ones left out; each folder once, whatever links lead to it.
+
+    Raises InputError if there are none.
+    """
 
     def stop(error: OSError) -> None:
         raise error
 
-    walk = os.walk(root, onerror=stop, followlinks=True)
-    paths = sorted(Path(there, name) for there, _, names in walk for name in names if name.lower().endswith(endings))
-    paths = [path for path in paths if not path.name.startswith(".")]
+    paths, seen = [], set()
+    for there, folders, names in os.walk(root, onerror=stop, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(there)
+        if real in seen:
+            folders.clear()
+        else:
+            paths += [Path(there, name) for name in names if name.lower().endswith(endings) and name[0] != "."]
+        seen.add(real)
     if not paths:
         raise InputError(f"{root}: no {endings[0]} file in it: is it the right folder, and unpacked?")
-    return paths
+    return sorted(paths)
 
 
 def others(row: dict) -> Clip:
@@ -248,11 +257,12 @@ def length(wav: Path) -> float | str:
 def as_written(clip: Clip, seconds: float, beside: str) -> Clip | str:
     """The line of a clip of a file of so many seconds, or why it cannot be used."""
     start, end, part = clip.get("start"), clip.get("end"), {}
-    if (start or 0) >= seconds or (end or 0) > seconds + OVERSHOOT:
-        return f"its part from {start or 0:g} to {'the end' if end is None else f'{end:g}'} s is not in its {seconds:.2f} s"
     if start is not None or end is not None:
-        start, end = start or 0, min(seconds if end is None else end, seconds)
-        part, seconds = {"start": round(start, 3), "end": round(end, 3)}, end - start
+        first, last = round(start or 0, 3), round(min(seconds if end is None else end, seconds), 3)
+        if first >= last or (end or 0) > seconds + OVERSHOOT:
+            until = "the end" if end is None else f"{end:g}"
+            return f"its part from {start or 0:g} to {until} s is empty or not in its {seconds:.2f} s"
+        part, seconds = {"start": first, "end": last}, last - first
     wav = os.path.abspath(clip["wav"])
     wav = os.path.relpath(wav, beside) if wav.startswith(os.path.join(beside, "")) else wav
     txt = {} if clip["txt"] is None else {"txt": " ".join(clip["txt"].split())}

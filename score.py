@@ -12,6 +12,7 @@ References and hypotheses are jsonl (fields `key` or `wav`, and `txt` or `text`)
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -223,6 +224,8 @@ def read_and_score(name: str, path: str, files: dict[str, str], args: argparse.N
     """A reference and the systems' files; raises ScoreError."""
     fields: dict[str, dict] = {field: {} for field in ("duration", "wav", "start", "end", args.by) if field}
     references, results, raw = read_texts(path, fields), {}, {}
+    if not references:
+        raise ScoreError(f"{path}: no line in it")
     if args.by and not fields[args.by]:
         raise ScoreError(f'{path}: no line has the field "{args.by}"')
     for system, file in files.items():
@@ -240,6 +243,8 @@ def main(argv: list[str] | None = None) -> None:
         run(arguments(argv))
     except ScoreError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # score.py … | head has seen enough; what is not yet flushed would be an error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -247,8 +252,9 @@ def run(args: argparse.Namespace) -> None:
     single = len(sets) == len(systems) == 1
     if args.format in ("csv", "json") and (args.per_utterance or args.errors):
         raise ScoreError("--per_utterance and --errors are text: leave --format away")
-    if (args.bootstrap or 0) < 0:
-        raise ScoreError(f"--bootstrap {args.bootstrap}: a number of resamples, or 0 for none")
+    for flag in ("bootstrap", "errors", "seed"):
+        if (getattr(args, flag) or 0) < 0:
+            raise ScoreError(f"--{flag} {getattr(args, flag)}: a number from 0 on")
     if args.bootstrap is None:
         args.bootstrap = 0 if single else RESAMPLES
     with_raw = args.normalizer != "none" and (not single or bool(args.by or args.format))
@@ -257,6 +263,10 @@ def run(args: argparse.Namespace) -> None:
         for place, (name, path) in enumerate(sets.items())
     ]
     rows = [row for test in tests for row in test.rows(args.by, args.bootstrap, args.seed)]
+    if all(row["MER"] == row["WER"] for row in rows):  # neither Chinese nor Japanese
+        for row in rows:
+            del row["MER"]
+    write_files(tests, rows, args)
     if args.format == "json":
         told = {"normalizer": versioned(args.normalizer), "resamples": args.bootstrap, "seed": args.seed, "rows": rows}
         print(json.dumps(told, ensure_ascii=False, indent=1))
@@ -266,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
         writer.writerows(rows)
     else:
         print("\n\n".join(paragraphs(tests, rows, args)))
-    write_files(tests, rows, args)
+    sys.stdout.flush()
 
 
 def write_files(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespace) -> None:
@@ -287,4 +297,5 @@ def write_files(tests: list[ScoredSet], rows: list[dict], args: argparse.Namespa
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese, and no code page a lone surrogate
     main()

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from align import alignments
-from compare import ScoredSet
+from compare import ScoredSet, seconds
 
 TEMPLATE = Path(__file__).with_name("score_page.html")
 PLACE = '{"data": null}'  # in the template
@@ -23,12 +23,12 @@ def clips(test: ScoredSet, page: Path, by: str | None) -> Iterator[dict[str, Any
     steps = [alignments((u.reference.split(), u.hypothesis.split()) for u in utterances) for utterances in results]
     for utterances, found in zip(zip(*results, strict=True), zip(*steps, strict=True), strict=True):
         values = {field: known.get(utterances[0].key) for field, known in test.fields.items()}
-        seconds, group = values["duration"], values.get(by)
+        group = values.get(by)
         yield {
             "key": utterances[0].key,
             "set": test.name,
             "group": "" if group is None else str(group),
-            "seconds": seconds if isinstance(seconds, int | float) else None,
+            "seconds": seconds(values["duration"]),
             "audio": audio_address(values, test.path, page),
             "ref": utterances[0].reference,
             "hyps": [[u.hypothesis, path, u.hallucination] for u, path in zip(utterances, found, strict=True)],

@@ -1,15 +1,29 @@
 """Texts by key, from the files that recordings, people and recognize.py give them in; and into sclite's."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 BOM = b"\xef\xbb\xbf"
+NUMBER = (int, float)  # int | float would be made anew for each of a million lines
 
 
 class ScoreError(ValueError):
     """A user's mistake, told in one line that names file, line and remedy."""
+
+
+def is_part(start: Any, end: Any) -> bool:
+    """Whether a manifest's "start" and "end", each None or seconds, say a part of a file."""
+    start = 0 if start is None else start
+    finite = all(isinstance(time, NUMBER) and math.isfinite(time) for time in (start, 0 if end is None else end))
+    return finite and start >= 0 and (end is None or start < end)
+
+
+def part_key(wav: str, start: float | None, end: float | None) -> str:
+    """`wav-START-END` in milliseconds: the key of a part that has none of its own."""
+    return f"{wav}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
 
 
 def _named(given: list[str]) -> list[tuple[str, str]]:
@@ -90,12 +104,13 @@ def _json_line(line: str, where: str, text_field: str) -> dict[str, Any]:
     try:
         item = json.loads(line)
         key, start, end = item.get("key", item.get("wav")), item.get("start"), item.get("end")
-        if "key" not in item and (start, end) != (None, None):  # a part of a file: manifest.py's rule
-            key = f"{key}-{round((start or 0) * 1000)}-{'end' if end is None else round(end * 1000)}"
-        if end is not None:
-            item["duration"] = end - (start or 0)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ScoreError(f"{where}: not a JSON object") from None
+    if (start, end) != (None, None):
+        if not is_part(start, end):
+            raise ScoreError(f'{where}: "start" and "end" must be numbers of seconds in the file, 0 ≤ start < end')
+        key = item.get("key", key and part_key(key, start, end))
+        item |= {} if end is None else {"duration": end - (start or 0)}
     text = item.get(text_field, item.get("txt", item.get("text")))
     if not isinstance(key, str) or not isinstance(text, str):
         raise ScoreError(f'{where}: needs the fields "key" (or "wav") and "txt" (or "text"), both texts')
@@ -112,7 +127,7 @@ def _tsv_line(line: str, heads: list[str], where: str, text_field: str) -> dict[
 
 def write_trn(path: Path, texts: Iterable[tuple[str, str]]) -> None:
     """(key, text) as sclite's trn, `text (key)`; raises ScoreError for characters that sclite takes for its own."""
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="replace") as file:  # JSON may hold half a character
         for key, text in texts:
             strange = set("(){}@;*\\") & set(text) or set("()") & set(key)
             if strange:

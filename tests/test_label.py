@@ -235,6 +235,13 @@ def test_a_mistake_is_one_line(tiny, tmp_path, flags, message):
     assert "\n" not in stopped.value.code
 
 
+def test_labels_that_are_no_text_are_told(tmp_path):
+    """A byte that is not UTF-8 was a traceback."""
+    (tmp_path / "labels.jsonl").write_bytes(b'{"txt": "caf\xe9"}\n')
+    with pytest.raises(SystemExit, match=r"^error: .*labels.jsonl: not as label.py wrote it"):
+        filter_labels.main(["--labels", str(tmp_path)])
+
+
 def test_labels_of_another_teacher_are_not_mixed_in(tiny, tmp_path):
     flags = ["--data_path", str(tiny.manifest), "--teacher", str(tiny.whisper), "--out", str(tmp_path)]
     (tmp_path / "labels.json").write_text(json.dumps({"teacher": "large-v3", "beam_size": 1}) + "\n")

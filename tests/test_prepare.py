@@ -170,6 +170,18 @@ def test_a_folder_of_recordings_alone(tmp_path):
         run("folder", tmp_path / "c", "--out", tmp_path / "m.jsonl")
 
 
+def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path):
+    """A link to a folder above gave 40 copies of every clip, a/loop/loop/…/1 among their keys."""
+    speech(tmp_path / "c" / "a" / "1.wav")
+    (tmp_path / "c" / "a" / "loop").symlink_to("..")
+    speech(tmp_path / "c" / "b" / "2.wav")
+    (tmp_path / "c" / "b" / "a").symlink_to("../a")
+    speech(tmp_path / "elsewhere" / "3.wav")
+    (tmp_path / "c" / "z").symlink_to(tmp_path / "elsewhere")
+    assert run("folder", tmp_path / "c", "--out", tmp_path / "m.jsonl", "--untranscribed") == 0
+    assert [row["key"] for row in rows(tmp_path / "m.jsonl")] == ["a/1", "b/2", "z/3"]
+
+
 # --- Kaldi
 
 
@@ -199,6 +211,17 @@ def test_kaldi_segments_are_parts(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err.startswith(f"{wav}: its part from {seconds + 1:.2f}")
     assert "3 clips of 2 speakers" in out
+
+
+def test_a_segment_of_less_than_a_millisecond_is_left_out(tmp_path, capsys):
+    """It was written with an end that was its start, and no program took the jsonl."""
+    data, wav = tmp_path / "data", speech(tmp_path / "talk.wav", 3)
+    text(data / "wav.scp", f"talk {wav}\n")
+    text(data / "text", "u1 one\nu2 two\n")
+    text(data / "segments", "u1 talk 0.1 0.1004\nu2 talk 0.1 0.5\n")
+    assert run("kaldi", data, "--out", tmp_path / "m.jsonl") == 1
+    assert [row["key"] for row in rows(tmp_path / "m.jsonl")] == ["u2"]
+    assert "talk.wav: its part from 0.1 to 0.1004 s is empty or not in its" in capsys.readouterr().err
 
 
 def test_a_recording_of_many_segments_is_opened_once(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -276,6 +277,8 @@ def write(path: Path, data: bytes) -> Path:
         ("r.jsonl", b'{"key": "a", "txt": "x"}\n{"key"', r"r.jsonl:2: not a JSON object"),
         ("r.jsonl", b'{"key": "a"}\n', r'r.jsonl:1: needs the fields "key"'),
         ("r.jsonl", b"[]\n", r"r.jsonl:1: not a JSON object"),
+        ("r.jsonl", b"[" * 100_000, r"r.jsonl:1: not a JSON object"),
+        ("r.jsonl", b'{"txt": "x", "end": 1}', r'r.jsonl:1: needs the fields "key"'),
         ("r.tsv", b"a\tone\n", r"r.tsv:1: a tsv needs a first line that names its columns, key and text among them"),
         ("r.tsv", b"key\ttext\na\n", r"r.tsv:2: 1 columns, 2 names of columns in the first line"),
     ],
@@ -314,10 +317,16 @@ def test_hypotheses_as_recognize_writes_them(tmp_path):
 
 
 def test_a_part_of_a_file_has_the_manifest_s_key_and_duration(tmp_path):
+    """The rule stood in two files once, and an end of 1e999 was a traceback, "start": "1" no JSON object."""
     lines = [b'{"wav": "a.wav", "txt": "one", "start": 1.5, "end": 3.25}', b'{"wav": "a.wav", "txt": "two", "start": 4}']
-    fields = {"duration": {}}
-    assert list(read_texts(write(tmp_path / "m.jsonl", b"\n".join(lines)), fields)) == ["a.wav-1500-3250", "a.wav-4000-end"]
+    path, fields = write(tmp_path / "m.jsonl", b"\n".join(lines)), {"duration": {}}
+    keys = list(read_texts(path, fields))
+    assert keys == [record.key for record in read_manifest(path)] == ["a.wav-1500-3250", "a.wav-4000-end"]
     assert fields == {"duration": {"a.wav-1500-3250": 1.75}}
+    for times in (b'"end": 1e999', b'"start": "1"', b'"start": 2, "end": 1', b'"start": NaN'):
+        write(path, b'{"wav": "a", "txt": "one", %s}' % times)
+        with pytest.raises(ScoreError, match=r'm.jsonl:1: "start" and "end" must be numbers of seconds in the file'):
+            read_texts(path)
 
 
 # --- several systems, several sets
@@ -381,6 +390,40 @@ def test_a_table_by_a_field_adds_up_to_the_whole(sets, capsys):
     assert "| test | \\| |" in printed(capsys, *argv[:4], "--by", "speaker")  # a speaker's name ends no cell
 
 
+def test_a_tsv_s_durations_are_numbers(sets, capsys):
+    """They were texts, each a group of its own."""
+    write(sets / "ref.tsv", b"key\tduration\ttext\na\t1.5\tone\nb\t1.7\ttwo\nc\tnan\tthree\n")
+    write(sets / "hyp.txt", b"a one\nb two\nc three\n")
+    out = printed(capsys, "--ref", sets / "ref.tsv", "--hyp", sets / "hyp.txt", "--errors")
+    assert out.splitlines()[-1] == "WER by duration: nan 0.00 %, 1–2 s 0.00 %"
+
+
+def test_mer_stands_in_every_row_or_in_none(sets, capsys):
+    """A group without Chinese had a dash, as if its rate were unknown."""
+    lines = ['{"key": "a", "txt": "打开my bluetooth", "s": "x"}', '{"key": "b", "txt": "one two", "s": "y"}']
+    write(sets / "ref.jsonl", "\n".join(lines).encode())
+    write(sets / "hyp.txt", "a 打开my blue\nb one\n".encode())
+    out = printed(capsys, "--ref", sets / "ref.jsonl", "--hyp", sets / "hyp.txt", "--by", "s", "--format", "csv")
+    assert [row["MER"] for row in csv.DictReader(io.StringIO(out))] == ["25.0", "50.0", "33.3333"]
+    out = printed(capsys, "--ref", sets / "test.jsonl", "--hyp", sets / "old/test.txt", "--by", "speaker")
+    assert "MER" not in out
+
+
+def test_a_reader_that_has_seen_enough_and_a_console_of_few_letters_are_no_errors(sets):
+    """`score.py … | head` ended in a traceback, and without the page; so did "→" where the console has no such letter."""
+    write(sets / "ref.txt", b"a \xe6\x89\x93 one\n")
+    write(sets / "hyp.txt", b"a \xe6\x89\x93 two\n")
+    argv = [sys.executable, ROOT / "score.py", "--ref", "ref.txt", "--hyp", "hyp.txt", "--errors", "--html", "page.html"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(argv, cwd=sets, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (sets / "page.html").exists()
+    done = subprocess.run(argv, cwd=sets, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=True)
+    assert rb"1 \xd7 one \u2192 two" in done.stdout
+
+
 def test_frequent_errors_worst_clips_and_durations(sets, capsys):
     write(sets / "ref.jsonl", b'{"key": "a", "txt": "y x z", "duration": 1.5}\n{"key": "b", "txt": "x y", "duration": 9}\n')
     write(sets / "hyp.txt", b"a w x\nb now x w\n")
@@ -411,11 +454,17 @@ def test_frequent_errors_worst_clips_and_durations(sets, capsys):
         ("--ref test.jsonl --hyp old/test.txt --by mood", r'test.jsonl: no line has the field "mood"'),
         ("--ref test.jsonl --hyp old/test.txt --format csv --errors", "--per_utterance and --errors are text"),
         ("--ref test.jsonl --hyp old/test.txt --html none/r.html", r"none/r.html: cannot write \(No such file"),
-        ("--ref test.jsonl --hyp old/test.txt --bootstrap -1", r"--bootstrap -1: a number of resamples, or 0 for none"),
+        ("--ref test.jsonl --hyp old/test.txt --bootstrap -1", r"--bootstrap -1: a number from 0 on"),
+        ("--ref test.jsonl --hyp old/test.txt new/test.txt --seed -1", r"--seed -1: a number from 0 on"),  # was a traceback
+        ("--ref test.jsonl --hyp old/test.txt --errors -1", r"--errors -1: a number from 0 on"),  # all but the last
+        ("--ref empty.txt --hyp old/test.txt", r"empty.txt: no line in it"),
+        ("--ref set.jsonl --hyp old/test.txt --by set", r"--by set: the table has a column of that name: call the field"),
     ],
 )
 def test_mistakes_on_the_command_line(sets, monkeypatch, argv, message):
     monkeypatch.chdir(sets)
+    write(sets / "empty.txt", b"\n")
+    write(sets / "set.jsonl", (sets / "test.jsonl").read_bytes().replace(b"speaker", b"set"))  # its table had "A WER" …
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main(argv.split())
 
@@ -493,6 +542,9 @@ def test_trn_files_hold_the_normalised_words(sets, capsys):
     assert len((sets / "trn/hyp.trn").read_text().splitlines()) == 60
     printed(capsys, *both(sets), "--trn", sets / "many")
     assert (sets / "many/old.test/hyp.trn").read_text() == (sets / "trn/hyp.trn").read_text()
+    write(sets / "half.jsonl", rb'{"key": "a", "txt": "one \ud800"}')  # was a traceback
+    printed(capsys, "--ref", sets / "half.jsonl", "--hyp", sets / "half.jsonl", "--trn", sets / "half")
+    assert (sets / "half/ref.trn").read_text() == "one ? (a)\n"
     write(sets / "ref.txt", b"a {one / two}\n")
     argv = ["--ref", str(sets / "ref.txt"), "--hyp", str(sets / "ref.txt"), "--normalizer", "none", "--trn", str(sets)]
     with pytest.raises(SystemExit, match=r"ref.trn: [{}] means something to sclite, in a: "):
@@ -534,10 +586,3 @@ def test_the_benchmark_of_scale_prints_every_row():
     done = run_script(sys.executable, ROOT / "benchmarks/score_scale.py", "--lines", "50")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\| .* \| \d+\.\d \| \d+ \|$", done.stdout, re.M)) == 5
-
-
-def test_parts_of_a_file_have_the_manifest_s_keys(tmp_path):
-    path = tmp_path / "m.jsonl"
-    lines = ['{"wav": "a.wav", "txt": "one", "start": 1.5, "end": 3.25}', '{"wav": "a.wav", "txt": "two", "start": 4}']
-    path.write_text("\n".join(lines))
-    assert list(read_texts(path)) == [record.key for record in read_manifest(path)] == ["a.wav-1500-3250", "a.wav-4000-end"]

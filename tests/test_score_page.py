@@ -34,7 +34,7 @@ def page(tmp_path_factory):
             {"key": "odd", "wav": "odd #1 ü/50%?.opus", "txt": "press three and wait", "duration": 1.0, "speaker": "Bob"},
             {"key": "loop", "wav": "gone.wav", "txt": "thank you", "duration": 9.0},
             {"key": "html", "wav": "javascript:alert(1)", "txt": EVIL, "speaker": EVIL},
-            {"key": "zh", "wav": "zh.wav", "txt": "打开 bluetooth", "duration": 3.0},
+            {"key": "zh", "wav": "zh.wav", "txt": "打开 bluetooth", "duration": float("nan")},  # in JSON it blanked the page
         ],
     )
     texts = {"real": "press one please", "part": "press two", "odd": "press and wait here", "zh": "打开 blue tooth"}
