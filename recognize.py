@@ -43,7 +43,7 @@ from guard import guarded
 from longform import DETECTORS, Piece, Pieces, cut
 from manifest import Record
 from model import LogLikelihood, Sample, SpeechLLM, build_model
-from progress import Progress, at_work, identity, processes
+from progress import AGAIN, Progress, at_work, identity, processes
 from prompt import Prompt, answer_ids, load_tokenizer
 from results import Outcome, Summary, write
 from results import check as check_results
@@ -531,10 +531,14 @@ def into_files(
             places[record.key] = place
             yield record
 
-    with tqdm(total=len(todo), unit="file", disable=True if progress.process else None) as bar:
-        for outcome in recognize(transcriber, reading(), args.batch_size, args.batch_seconds):
-            progress.add(places.pop(outcome.key), outcome.as_dict())
-            bar.update()
+    try:
+        with tqdm(total=len(todo), unit="file", disable=True if progress.process else None) as bar:
+            for outcome in recognize(transcriber, reading(), args.batch_size, args.batch_seconds):
+                progress.add(places.pop(outcome.key), outcome.as_dict())
+                bar.update()
+    except RuntimeError:  # a CUDA error, say: its traceback follows
+        print(f"process {progress.process} failed, what it had done is kept: {AGAIN}", file=sys.stderr)
+        raise
     if not progress.finish():
         who = f"process {progress.process}"
         print(f"{who}: its {len(share)} files are done; the last process writes the result", file=sys.stderr)
