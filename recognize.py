@@ -360,6 +360,9 @@ class Part(NamedTuple):
     seconds: float = 0.0
 
 
+Found = tuple[float, float, Hypothesis | InputError]  # of a piece: its start and duration (seconds), what was decoded
+
+
 def read_parts(
     transcriber: Transcriber, records: Iterable[Record], pieces_of: Callable[[Record], Pieces | ArrayPieces]
 ) -> Iterator[Part]:
@@ -417,7 +420,7 @@ def recognize(
 ) -> Iterator[Outcome]:
     """One outcome for each record, whatever happens to it, as soon as it is complete: not in the records' order."""
     pieces_of = pieces_of or (lambda record: Pieces(*record.part, vad=transcriber.args.vad))
-    found: dict[str, list[tuple[Piece, Hypothesis | InputError]]] = defaultdict(list)  # of records that are not complete
+    found: dict[str, list[Found]] = defaultdict(list)  # of records that are not complete
     spent: dict[str, float] = defaultdict(float)
     for window in read_ahead(read_parts(transcriber, records, pieces_of), batch_seconds * window_batches):
         ends = {part.record.key: part for part in window if not part.piece}
@@ -430,18 +433,19 @@ def recognize(
             share = (time.monotonic() - began) / sum(len(part.piece.audio) for part in batch)
             for part, hypothesis in zip(batch, hypotheses, strict=True):
                 key = part.record.key
-                found[key].append((part.piece, hypothesis))
-                spent[key] += share * len(part.piece.audio)
+                samples = len(part.piece.audio)  # not kept: it would be all of a long recording
+                found[key].append((part.piece.start, samples / SAMPLE_RATE, hypothesis))
+                spent[key] += share * samples
                 left[key] -= 1
                 if not left[key] and key in ends:
                     yield complete(ends[key], found.pop(key), spent.pop(key))
 
 
-def complete(end: Part, found: list[tuple[Piece, Hypothesis | InputError]], seconds: float) -> Outcome:
+def complete(end: Part, found: list[Found], seconds: float) -> Outcome:
     """A record's pieces, decoded in any order, as its outcome."""
-    found = sorted(found, key=lambda pair: pair[0].start)
-    lost = [str(hypothesis) for _, hypothesis in found if isinstance(hypothesis, InputError)]
-    pieces = [(p.start, len(p.audio) / SAMPLE_RATE, h) for p, h in found if not isinstance(h, InputError)]
+    found = sorted(found, key=lambda piece: piece[0])
+    lost = [str(hypothesis) for _, _, hypothesis in found if isinstance(hypothesis, InputError)]
+    pieces = [piece for piece in found if not isinstance(piece[2], InputError)]
     transcript = joined(pieces, end.seconds, "; ".join(filter(None, [end.problem, *lost])))
     return Outcome(end.record.key, str(end.record.wav), transcript, seconds)
 

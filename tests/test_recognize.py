@@ -1,6 +1,7 @@
 """Decoding: no line is lost, none comes twice, the order is the manifest's, whatever the input."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,6 +232,30 @@ def test_no_more_is_read_than_two_windows(monkeypatch):
         next(found)
         assert len(read) <= done + 2 * 9
     found.close()
+
+
+def test_of_a_long_recording_no_more_is_held_than_two_windows():
+    """What was decoded of it was kept, audio and all, until its end: memory grew with its length."""
+    made = []
+
+    class Pieces:
+        problem, seconds = "", 400.0
+
+        def __iter__(self):
+            for start in range(0, 400, 2):
+                piece = Piece(float(start), np.zeros(2 * RATE, np.float32))
+                made.append(weakref.ref(piece.audio))
+                yield piece
+
+    transcriber, held = says_lengths([]), []
+    transcriber.hypotheses = lambda clips: (
+        held.append(sum(ref() is not None for ref in made)) or [Hypothesis("a") for _ in clips]
+    )
+    record = Record("0", "0", None, None, "")
+    found = recognize.recognize(transcriber, [record], 4, 8, window_batches=1, pieces_of=lambda record: Pieces())
+    (outcome,) = found
+    assert len(outcome.transcript.segments) == 200
+    assert max(held) <= 2 * 4 + 2 * 4
 
 
 def test_a_long_file_of_nothing_but_silence_has_an_empty_text_and_no_problem(trained, tmp_path):
