@@ -21,11 +21,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 from zlib import crc32
 
 import numpy as np
@@ -96,9 +96,15 @@ class DecodeArguments:
 
     def check(self) -> None:
         """Raises InputError for values that cannot be."""
+        for own in fields(self):  # the command line checks these itself, Python does not
+            value, choices = getattr(self, own.name), get_args(own.type) if get_origin(own.type) is Literal else ()
+            if choices and value not in choices:
+                raise InputError(f"--{own.name} {value!r} is none of {', '.join(choices)}")
         for name in ("num_beams", "nbest", "batch_size", "batch_seconds", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise InputError(f"--{name} must be at least 1")
+        if not 0 <= self.joint_weight < math.inf:
+            raise InputError("--joint_weight must not be negative (0: the LLM alone)")
         if self.nbest > self.num_beams:
             raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
         if not self.repetition_penalty > 0:
@@ -126,9 +132,9 @@ class Transcriber:
     def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
+        self.decoder = self._decoder(args)
         DETECTORS[args.vad]()  # a missing package is told before the first file
         self.device = next(model.parameters()).device
-        self.decoder = self._decoder(args)
         self.turn = Lock()
 
     def _decoder(self, args: DecodeArguments) -> str:
@@ -146,6 +152,7 @@ class Transcriber:
     @classmethod
     def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
         """Rebuild exactly the system of the checkpoint that `model_args` name, or raise InputError."""
+        args.check()
         checkpoint = model_args.start()
         if not checkpoint:
             raise InputError("give --checkpoint DIR or --projector_model_path …/model.safetensors")
@@ -405,8 +412,8 @@ def batches(parts: Sequence[Part], size: int, seconds: float) -> Iterator[list[P
     """The longest first, neighbours in length together: as many as `seconds` hold with their padding, at most `size`."""
     parts = sorted(parts, key=lambda part: len(part.piece.audio), reverse=True)
     while parts:
-        fit = int(seconds * SAMPLE_RATE / len(parts[0].piece.audio))
-        batch, parts = parts[: max(1, min(fit, size))], parts[max(1, min(fit, size)) :]
+        fit = max(1, int(min(size, seconds * SAMPLE_RATE / len(parts[0].piece.audio))))
+        batch, parts = parts[:fit], parts[fit:]
         yield batch
 
 
@@ -478,6 +485,9 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
     records = find(names)
     paths = [Path(path) for path in args.result_path or (["result.txt"] if args.data_path else [])]
     check_results(paths, records)
+    for path in paths:
+        if any(os.path.exists(name) and path.exists() and path.samefile(name) for name in names):
+            raise InputError(f"--result_path {path} is what is to be recognized: it would be overwritten")
     if processes()[1] > 1 and not paths:
         raise InputError("several processes need a --result_path")
     if not model_args.start():

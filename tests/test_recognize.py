@@ -210,6 +210,8 @@ def test_like_lengths_stand_together_in_batches_of_bounded_duration(monkeypatch)
     batches = []
     list(recognize.recognize(says_lengths(batches), records, batch_size=3, batch_seconds=20, window_batches=9))
     assert [[length // RATE for length in batch] for batch in batches] == [[30], [9, 9], [2, 2, 1], [1, 1]]
+    parts = [recognize.Part(None, Piece(0.0, np.zeros(RATE)))] * 5
+    assert [len(batch) for batch in recognize.batches(parts, 3, float("inf"))] == [3, 2]  # was an OverflowError
 
 
 def test_a_recording_longer_than_what_is_read_ahead_is_joined_in_order(monkeypatch):
@@ -344,6 +346,16 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
     recognize.run(*options(trained, tiny.manifest, tmp_path / "r.txt"))
     assert "continuing" not in capsys.readouterr().err
     assert "stale" not in (tmp_path / "r.txt").read_text()
+
+
+def test_a_result_never_takes_the_place_of_its_manifest(tiny, trained, tmp_path, monkeypatch):
+    """`--data_path test.jsonl --result_path test.jsonl` put the result there, references lost."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_bytes(tiny.manifest.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is what is to be recognized: it would be overwritten"):
+        recognize.run(*options(trained, manifest, "m.jsonl"))
+    assert manifest.read_bytes() == tiny.manifest.read_bytes()
 
 
 @pytest.mark.parametrize(
