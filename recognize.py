@@ -223,7 +223,7 @@ class Transcriber:
         if wrong:
             raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
         with self.turn, torch.no_grad():
-            return self._decode(clips, args, decoder)
+            return self._decode(clips, args, decoder) if clips else []
 
     def _decode(self, clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str) -> list[Hypothesis]:
         settings, spelling = self.model.settings, self.prompt.spelling
@@ -573,6 +573,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(*arguments, files)
         except KeyboardInterrupt:
             raise InputError("interrupted: with a --result_path the same command continues where it stopped") from None
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes out the rest at its end
+            return 1
 
 
 if __name__ == "__main__":

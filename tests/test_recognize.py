@@ -1,6 +1,9 @@
 """Decoding: no line is lost, none comes twice, the order is the manifest's, whatever the input."""
 
 import json
+import os
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, audio, build_system, run_script, write_clip, write_manifest
+from conftest import RATE, ROOT, audio, build_system, run_script, write_clip, write_manifest
 from test_dataset import bad_audio
 
 import recognize
@@ -391,6 +394,18 @@ def test_a_mistake_leaves_one_line_on_stderr_and_exit_code_1():
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: no.jsonl: cannot read the manifest")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_leaves_no_traceback(tiny, trained):
+    """`recognize.py … | head -1` ended with a BrokenPipeError."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "recognize.py", "--checkpoint", trained, "--device", "cpu", tiny.root / "0.wav"]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "BrokenPipe" not in run.stderr
 
 
 def test_files_on_the_command_line_are_recognized_onto_the_screen(tiny, trained, tmp_path, capsys, echo):

@@ -205,6 +205,11 @@ def test_a_temperature_samples_the_softmax():
     torch.testing.assert_close(shares, (scores[0] / 0.7).softmax(0), atol=0.03, rtol=0)
 
 
+def test_of_no_clips_there_are_no_texts(tokens):
+    """An empty batch was a RuntimeError of torch's."""
+    assert transcriber(tokens).transcribe([]) == []
+
+
 def test_search_options_of_one_call_leave_the_next_alone(tokens):
     one = transcriber(tokens, decoder="llm", num_beams=1, max_new_tokens=8)
     clips = [audio(1.0, 1), audio(1.2, 2)]
