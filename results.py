@@ -53,8 +53,8 @@ class Outcome:
         return self.transcript.duration
 
     def as_dict(self) -> dict:
-        """A line of result.jsonl. confidence: exp(score / tokens), the geometric mean of its tokens' probabilities for llm and
-        ctc; for joint less, since both votes are in it."""
+        """A line of result.jsonl. confidence: exp(score / tokens), the geometric mean of its tokens' probabilities; for
+        joint less than that, since both votes are in it."""
         known = asdict(self.transcript)
         confidence = math.exp(known["score"] / known["tokens"]) if known["tokens"] else None
         first = {"key": self.key, "text": known.pop("text"), "confidence": confidence}

@@ -408,6 +408,15 @@ def test_a_reader_that_has_enough_leaves_no_traceback(tiny, trained):
     assert "BrokenPipe" not in run.stderr
 
 
+def test_a_screen_may_lack_letters(tiny, trained, tmp_path):
+    """A name or text that the terminal's encoding does not have ended the run with a UnicodeEncodeError."""
+    path = write_clip(tmp_path / "grüße.wav", 0.5)
+    command = (sys.executable, "recognize.py", "--checkpoint", trained, "--num_beams", "1", path)
+    run = run_script(*command, PYTHONIOENCODING="ascii")
+    assert run.returncode == 0, run.stderr
+    assert "gr\\xfc\\xdfe.wav" in run.stdout
+
+
 def test_files_on_the_command_line_are_recognized_onto_the_screen(tiny, trained, tmp_path, capsys, echo):
     """One line a file, in the order given; a bad one is reported and makes the exit code 1."""
     files = [str(tiny.root / "1.wav"), str(tmp_path / "no.wav"), str(tiny.root / "0.wav")]
