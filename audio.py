@@ -40,6 +40,11 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: is empty (0 bytes)")
 
 
+def sndfile_name(path: str | Path) -> str | bytes:
+    """The path as soundfile takes it: of a name that is not UTF-8 only the bytes."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
+
+
 def truncation(libsndfile_log: str) -> str:
     """What libsndfile's log says of a header that promises more than there is; a streamed wav's open-ended size is fine."""
     promised = re.search(r"data : (\d+) \(should be", libsndfile_log)
@@ -82,7 +87,7 @@ class AudioStream:
 
     def _blocks(self) -> Iterator[np.ndarray]:
         try:
-            with soundfile.SoundFile(self.path) as file:
+            with soundfile.SoundFile(sndfile_name(self.path)) as file:
                 rate, frames, self.problem = file.samplerate, file.frames, truncation(file.extra_info)
         except soundfile.LibsndfileError as error:
             yield from self._ffmpeg(error.error_string)
@@ -100,7 +105,7 @@ class AudioStream:
         done, last = min(round(self.start * rate), frames), round(min(self.end * rate, UNKNOWN_FRAMES))
         size, why = BLOCK, ""
         while size:
-            with _InOrder(self.path) as file:
+            with _InOrder(sndfile_name(self.path)) as file:
                 try:
                     file.seek(done)
                     while done < last:
@@ -200,7 +205,7 @@ def count_samples(path: Path, start: float | None = None) -> int:
 
 def _count_samples(path: Path) -> int:
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(sndfile_name(path)) as file:
             frames, rate, problem = file.frames, file.samplerate, truncation(file.extra_info)
         if frames < UNKNOWN_FRAMES and not problem:
             return math.ceil(frames * SAMPLE_RATE / rate)

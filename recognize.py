@@ -21,11 +21,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 from zlib import crc32
 
 import numpy as np
@@ -96,9 +96,15 @@ class DecodeArguments:
 
     def check(self) -> None:
         """Raises InputError for values that cannot be."""
+        for own in fields(self):  # the command line checks these itself, Python does not
+            value, choices = getattr(self, own.name), get_args(own.type) if get_origin(own.type) is Literal else ()
+            if choices and value not in choices:
+                raise InputError(f"--{own.name} {value!r} is none of {', '.join(choices)}")
         for name in ("num_beams", "nbest", "batch_size", "batch_seconds", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise InputError(f"--{name} must be at least 1")
+        if not 0 <= self.joint_weight < math.inf:
+            raise InputError("--joint_weight must not be negative (0: the LLM alone)")
         if self.nbest > self.num_beams:
             raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
         if not self.repetition_penalty > 0:
@@ -126,9 +132,9 @@ class Transcriber:
     def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
         """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
         self.model, self.prompt, self.args = model, prompt, args
+        self.decoder = self._decoder(args)
         DETECTORS[args.vad]()  # a missing package is told before the first file
         self.device = next(model.parameters()).device
-        self.decoder = self._decoder(args)
         self.turn = Lock()
 
     def _decoder(self, args: DecodeArguments) -> str:
@@ -146,6 +152,7 @@ class Transcriber:
     @classmethod
     def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
         """Rebuild exactly the system of the checkpoint that `model_args` name, or raise InputError."""
+        args.check()
         checkpoint = model_args.start()
         if not checkpoint:
             raise InputError("give --checkpoint DIR or --projector_model_path …/model.safetensors")
@@ -216,7 +223,7 @@ class Transcriber:
         if wrong:
             raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
         with self.turn, torch.no_grad():
-            return self._decode(clips, args, decoder)
+            return self._decode(clips, args, decoder) if clips else []
 
     def _decode(self, clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str) -> list[Hypothesis]:
         settings, spelling = self.model.settings, self.prompt.spelling
@@ -360,6 +367,9 @@ class Part(NamedTuple):
     seconds: float = 0.0
 
 
+Found = tuple[float, float, Hypothesis | InputError]  # of a piece: its start and duration (seconds), what was decoded
+
+
 def read_parts(
     transcriber: Transcriber, records: Iterable[Record], pieces_of: Callable[[Record], Pieces | ArrayPieces]
 ) -> Iterator[Part]:
@@ -402,8 +412,8 @@ def batches(parts: Sequence[Part], size: int, seconds: float) -> Iterator[list[P
     """The longest first, neighbours in length together: as many as `seconds` hold with their padding, at most `size`."""
     parts = sorted(parts, key=lambda part: len(part.piece.audio), reverse=True)
     while parts:
-        fit = int(seconds * SAMPLE_RATE / len(parts[0].piece.audio))
-        batch, parts = parts[: max(1, min(fit, size))], parts[max(1, min(fit, size)) :]
+        fit = max(1, int(min(size, seconds * SAMPLE_RATE / len(parts[0].piece.audio))))
+        batch, parts = parts[:fit], parts[fit:]
         yield batch
 
 
@@ -417,7 +427,7 @@ def recognize(
 ) -> Iterator[Outcome]:
     """One outcome for each record, whatever happens to it, as soon as it is complete: not in the records' order."""
     pieces_of = pieces_of or (lambda record: Pieces(*record.part, vad=transcriber.args.vad))
-    found: dict[str, list[tuple[Piece, Hypothesis | InputError]]] = defaultdict(list)  # of records that are not complete
+    found: dict[str, list[Found]] = defaultdict(list)  # of records that are not complete
     spent: dict[str, float] = defaultdict(float)
     for window in read_ahead(read_parts(transcriber, records, pieces_of), batch_seconds * window_batches):
         ends = {part.record.key: part for part in window if not part.piece}
@@ -430,18 +440,19 @@ def recognize(
             share = (time.monotonic() - began) / sum(len(part.piece.audio) for part in batch)
             for part, hypothesis in zip(batch, hypotheses, strict=True):
                 key = part.record.key
-                found[key].append((part.piece, hypothesis))
-                spent[key] += share * len(part.piece.audio)
+                samples = len(part.piece.audio)  # not kept: it would be all of a long recording
+                found[key].append((part.piece.start, samples / SAMPLE_RATE, hypothesis))
+                spent[key] += share * samples
                 left[key] -= 1
                 if not left[key] and key in ends:
                     yield complete(ends[key], found.pop(key), spent.pop(key))
 
 
-def complete(end: Part, found: list[tuple[Piece, Hypothesis | InputError]], seconds: float) -> Outcome:
+def complete(end: Part, found: list[Found], seconds: float) -> Outcome:
     """A record's pieces, decoded in any order, as its outcome."""
-    found = sorted(found, key=lambda pair: pair[0].start)
-    lost = [str(hypothesis) for _, hypothesis in found if isinstance(hypothesis, InputError)]
-    pieces = [(p.start, len(p.audio) / SAMPLE_RATE, h) for p, h in found if not isinstance(h, InputError)]
+    found = sorted(found, key=lambda piece: piece[0])
+    lost = [str(hypothesis) for _, _, hypothesis in found if isinstance(hypothesis, InputError)]
+    pieces = [piece for piece in found if not isinstance(piece[2], InputError)]
     transcript = joined(pieces, end.seconds, "; ".join(filter(None, [end.problem, *lost])))
     return Outcome(end.record.key, str(end.record.wav), transcript, seconds)
 
@@ -474,6 +485,9 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
     records = find(names)
     paths = [Path(path) for path in args.result_path or (["result.txt"] if args.data_path else [])]
     check_results(paths, records)
+    for path in paths:
+        if any(os.path.exists(name) and path.exists() and path.samefile(name) for name in names):
+            raise InputError(f"--result_path {path} is what is to be recognized: it would be overwritten")
     if processes()[1] > 1 and not paths:
         raise InputError("several processes need a --result_path")
     if not model_args.start():
@@ -563,7 +577,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(*arguments, files)
         except KeyboardInterrupt:
             raise InputError("interrupted: with a --result_path the same command continues where it stopped") from None
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes out the rest at its end
+            return 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may lack letters
     sys.exit(main())

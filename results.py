@@ -28,7 +28,7 @@ from settings import InputError
 from sources import SUFFIXES
 from transcript import Transcript
 
-CUE_LINE, CUE_LETTERS, CUE_SECONDS, CUE_PAUSE = 42, 84, 7.0, 1.0  # two lines; the limits that broadcasters set themselves
+CUE_LINE, CUE_LINES, CUE_SECONDS, CUE_PAUSE = 42, 2, 7.0, 1.0  # the limits that broadcasters set themselves
 
 
 @dataclass
@@ -53,7 +53,8 @@ class Outcome:
         return self.transcript.duration
 
     def as_dict(self) -> dict:
-        """A line of result.jsonl. confidence: exp(score / tokens), the geometric mean of its tokens' probabilities."""
+        """A line of result.jsonl. confidence: exp(score / tokens), the geometric mean of its tokens' probabilities; for
+        joint less than that, since both votes are in it."""
         known = asdict(self.transcript)
         confidence = math.exp(known["score"] / known["tokens"]) if known["tokens"] else None
         first = {"key": self.key, "text": known.pop("text"), "confidence": confidence}
@@ -118,16 +119,17 @@ def timed(outcome: dict) -> Iterator[tuple[str, float, float]]:
 
 
 def cues(outcome: dict) -> Iterator[tuple[float, float, str]]:
-    """(start, end, text of one or two lines): a cue ends where a pause, its letters or its seconds would be too many."""
+    """(start, end, text of one or two lines): a cue ends where a pause, its lines or its seconds would be too many."""
     cue: list[tuple[str, float, float]] = []
 
+    def lines(*more: str) -> list[str]:
+        return textwrap.wrap(" ".join([*(word for word, _, _ in cue), *more]), CUE_LINE)
+
     def closed() -> tuple[float, float, str]:
-        text = "\n".join(textwrap.wrap(" ".join(word for word, _, _ in cue), CUE_LINE))
-        return cue[0][1], cue[-1][2], text.replace("-->", "→")
+        return cue[0][1], cue[-1][2], "\n".join(lines()).replace("-->", "→")
 
     for word, start, end in timed(outcome):
-        letters = sum(len(w) + 1 for w, _, _ in cue) + len(word)
-        if cue and (letters > CUE_LETTERS or end - cue[0][1] > CUE_SECONDS or start - cue[-1][2] > CUE_PAUSE):
+        if cue and (len(lines(word)) > CUE_LINES or end - cue[0][1] > CUE_SECONDS or start - cue[-1][2] > CUE_PAUSE):
             yield closed()
             cue = []
         cue.append((word, start, end))

@@ -21,6 +21,7 @@ from urllib.parse import quote
 import numpy as np
 import soundfile
 
+from audio import sndfile_name
 from manifest import Record, read_manifest
 from settings import InputError
 
@@ -120,8 +121,8 @@ def seconds_of(record: Record) -> float:
     if record.duration is not None:
         return record.duration
     try:
-        return soundfile.info(record.wav).duration
-    except (soundfile.LibsndfileError, OSError):
+        return soundfile.info(sndfile_name(record.wav)).duration
+    except (soundfile.LibsndfileError, OSError, ValueError):  # ValueError: a name that no file can have
         return os.path.getsize(record.wav) / BYTES_PER_SECOND if os.path.isfile(record.wav) else 0.0
 
 

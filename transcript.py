@@ -6,6 +6,8 @@ Scores are natural logarithms of probabilities, summed over a text (`tokens` ter
     ctc    log P_CTC(tokens | speech), of all paths that say them
     joint  the LLM's plus --joint_weight times the CTC's: what the search looks for
 
+What the guard has decoded again (its flags say so) has the score of that search: joint with twice the weight, or ctc.
+
 A text that was cut off at its limit has no end of turn: it is scored without one.
 """
 

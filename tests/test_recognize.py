@@ -1,13 +1,17 @@
 """Decoding: no line is lost, none comes twice, the order is the manifest's, whatever the input."""
 
 import json
+import os
+import subprocess
+import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, audio, build_system, run_script, write_clip, write_manifest
+from conftest import RATE, ROOT, audio, build_system, run_script, write_clip, write_manifest
 from test_dataset import bad_audio
 
 import recognize
@@ -209,6 +213,8 @@ def test_like_lengths_stand_together_in_batches_of_bounded_duration(monkeypatch)
     batches = []
     list(recognize.recognize(says_lengths(batches), records, batch_size=3, batch_seconds=20, window_batches=9))
     assert [[length // RATE for length in batch] for batch in batches] == [[30], [9, 9], [2, 2, 1], [1, 1]]
+    parts = [recognize.Part(None, Piece(0.0, np.zeros(RATE)))] * 5
+    assert [len(batch) for batch in recognize.batches(parts, 3, float("inf"))] == [3, 2]  # was an OverflowError
 
 
 def test_a_recording_longer_than_what_is_read_ahead_is_joined_in_order(monkeypatch):
@@ -231,6 +237,30 @@ def test_no_more_is_read_than_two_windows(monkeypatch):
         next(found)
         assert len(read) <= done + 2 * 9
     found.close()
+
+
+def test_of_a_long_recording_no_more_is_held_than_two_windows():
+    """What was decoded of it was kept, audio and all, until its end: memory grew with its length."""
+    made = []
+
+    class Pieces:
+        problem, seconds = "", 400.0
+
+        def __iter__(self):
+            for start in range(0, 400, 2):
+                piece = Piece(float(start), np.zeros(2 * RATE, np.float32))
+                made.append(weakref.ref(piece.audio))
+                yield piece
+
+    transcriber, held = says_lengths([]), []
+    transcriber.hypotheses = lambda clips: (
+        held.append(sum(ref() is not None for ref in made)) or [Hypothesis("a") for _ in clips]
+    )
+    record = Record("0", "0", None, None, "")
+    found = recognize.recognize(transcriber, [record], 4, 8, window_batches=1, pieces_of=lambda record: Pieces())
+    (outcome,) = found
+    assert len(outcome.transcript.segments) == 200
+    assert max(held) <= 2 * 4 + 2 * 4
 
 
 def test_a_long_file_of_nothing_but_silence_has_an_empty_text_and_no_problem(trained, tmp_path):
@@ -321,6 +351,16 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
     assert "stale" not in (tmp_path / "r.txt").read_text()
 
 
+def test_a_result_never_takes_the_place_of_its_manifest(tiny, trained, tmp_path, monkeypatch):
+    """`--data_path test.jsonl --result_path test.jsonl` put the result there, references lost."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_bytes(tiny.manifest.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is what is to be recognized: it would be overwritten"):
+        recognize.run(*options(trained, manifest, "m.jsonl"))
+    assert manifest.read_bytes() == tiny.manifest.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -354,6 +394,27 @@ def test_a_mistake_leaves_one_line_on_stderr_and_exit_code_1():
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: no.jsonl: cannot read the manifest")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_leaves_no_traceback(tiny, trained):
+    """`recognize.py … | head -1` ended with a BrokenPipeError."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "recognize.py", "--checkpoint", trained, "--device", "cpu", tiny.root / "0.wav"]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "BrokenPipe" not in run.stderr
+
+
+def test_a_screen_may_lack_letters(tiny, trained, tmp_path):
+    """A name or text that the terminal's encoding does not have ended the run with a UnicodeEncodeError."""
+    path = write_clip(tmp_path / "grüße.wav", 0.5)
+    command = (sys.executable, "recognize.py", "--checkpoint", trained, "--num_beams", "1", path)
+    run = run_script(*command, PYTHONIOENCODING="ascii")
+    assert run.returncode == 0, run.stderr
+    assert "gr\\xfc\\xdfe.wav" in run.stdout
 
 
 def test_files_on_the_command_line_are_recognized_onto_the_screen(tiny, trained, tmp_path, capsys, echo):

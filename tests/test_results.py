@@ -87,6 +87,14 @@ def test_subtitles(tmp_path, outcomes):
     assert "\n01:00:0" in written(tmp_path, "l.srt", [long])
 
 
+def test_a_cue_has_at_most_two_lines():
+    """84 letters were let in, which may take three lines of 42: a line ends before the word that does not fit."""
+    text = "please press one to mute or unmute yourself two to lock or unlock the conference " * 3
+    cues = list(results.cues(outcome("a", [(0.0, 12.0, Hypothesis(text))], 12.0)))
+    assert " ".join(words for _, _, words in cues).split() == text.split()
+    assert max(words.count("\n") for _, _, words in cues) == 1
+
+
 def records(*keys):
     return [Record(key, key, None, None, key) for key in keys]
 

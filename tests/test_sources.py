@@ -2,16 +2,18 @@
 
 import os
 import shutil
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import soundfile
-from conftest import DATA, build_system, write_clip, write_manifest
+from conftest import DATA, RATE, build_system, write_clip, write_manifest
 
 import recognize
+from audio import count_samples, load_audio
 from recognize import Hypothesis, Transcriber
 from settings import InputError
-from sources import find, key_of
+from sources import find, key_of, seconds_of
 
 
 @pytest.fixture
@@ -67,6 +69,16 @@ def test_a_manifest_is_one_of_the_names(tiny, calls):
     same = write_manifest(calls / "same.jsonl", [{"key": "clip0", "wav": "b.wav"}])
     with pytest.raises(InputError, match=r"key 'clip0' is of .*train\.jsonl:1 and of .*same\.jsonl:1: recognize them sep"):
         find([str(manifest), str(same)])
+
+
+def test_a_name_that_is_not_utf_8_is_a_files_name(tmp_path):
+    """Names from old archives: soundfile took them for text, and one of them ended a whole run with a traceback."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    write_clip(tmp_path / "plain.wav", 0.5).rename(path)
+    assert len(load_audio(path)[0]) == count_samples(path) == RATE // 2
+    (record,) = find([str(tmp_path)])
+    assert seconds_of(record) == 0.5
+    assert seconds_of(record._replace(wav=Path("\ud800.wav"))) == 0  # only JSON can hold such a name
 
 
 def test_names_that_find_nothing_are_told(calls):

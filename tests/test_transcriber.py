@@ -65,7 +65,7 @@ def as_ids(monkeypatch):
 
 
 def transcriber(system, **options):
-    return Transcriber(system.model, system.prompt, DecodeArguments(device="cpu", guard="off", **options))
+    return Transcriber(system.model, system.prompt, DecodeArguments(**{"device": "cpu", "guard": "off"} | options))
 
 
 # --- alignment
@@ -205,6 +205,11 @@ def test_a_temperature_samples_the_softmax():
     torch.testing.assert_close(shares, (scores[0] / 0.7).softmax(0), atol=0.03, rtol=0)
 
 
+def test_of_no_clips_there_are_no_texts(tokens):
+    """An empty batch was a RuntimeError of torch's."""
+    assert transcriber(tokens).transcribe([]) == []
+
+
 def test_search_options_of_one_call_leave_the_next_alone(tokens):
     one = transcriber(tokens, decoder="llm", num_beams=1, max_new_tokens=8)
     clips = [audio(1.0, 1), audio(1.2, 2)]
@@ -223,6 +228,11 @@ def test_search_options_of_one_call_leave_the_next_alone(tokens):
         ({"no_repeat_ngram_size": -1}, "--no_repeat_ngram_size must not be negative"),
         ({"temperature": -0.1}, "--temperature must not be negative"),
         ({"temperature": 0.5}, "--temperature samples one text: give --num_beams 1"),
+        ({"joint_weight": -1.0}, "--joint_weight must not be negative"),
+        ({"batch_seconds": float("nan")}, "--batch_seconds must be at least 1"),
+        ({"decoder": "beam"}, "--decoder 'beam' is none of auto, ctc, llm, joint"),  # was a KeyError
+        ({"guard": "Off"}, "--guard 'Off' is none of on, off"),  # was taken for off
+        ({"vad": "webrtc"}, "--vad 'webrtc' is none of energy, silero, none"),
     ],
 )
 def test_knobs_that_cannot_be_are_told(tokens, options, message):
