@@ -19,7 +19,7 @@ from score import Score, hallucination, normalizer, score
 from transcript import Hypothesis, Transcript
 
 if TYPE_CHECKING:
-    from recognize import Transcriber
+    from transcriber import Transcriber
 
 WORDS_PER_SECOND, SPARE_WORDS = 8, 2  # the fastest speakers say 7 words a second; a clip's edges cut pauses off
 DISAGREEMENT, FEWEST_EDITS = 0.4, 3  # edits between the text and the CTC's, a letter of the longer; a short word has few

@@ -30,10 +30,11 @@ from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from audio import log_mel
+from decoding import out_of_memory
 from longform import Pieces
 from manifest import Record, read_manifest
-from recognize import out_of_memory, usable_device
 from settings import InputError, first_line, one_line_errors, parse
+from transcriber import usable_device
 
 LONGEST = N_SAMPLES // SAMPLE_RATE  # seconds
 FIGURES = frozenset("0123456789%$£€¥")

@@ -1,6 +1,6 @@
 """What a training tells about itself, beside its loss.
 
-    evaluate (train.py) ─ dev_metrics ┬─ WER, CER, …: dev clips through recognize.py's Transcriber and score.py
+    evaluate (train.py) ─ dev_metrics ┬─ WER, CER, …: dev clips through transcriber.py and score.py
                                       └─ hearing gap: the LLM's loss with another clip's speech, minus that with its own
     at log events ─ Diary ─ log.jsonl, curve.png and README.md (a model card) in --output_dir
 
@@ -34,9 +34,9 @@ from arguments import TrainingArguments
 from audio import load_audio
 from dataset import SpeechCollator, SpeechDataset
 from model import SpeechLLM
-from recognize import DecodeArguments, Transcriber
 from score import score
 from settings import IGNORE_INDEX, InputError
+from transcriber import DecodeArguments, Transcriber
 
 HERE = Path(__file__).resolve().parent
 DEAF, EVALUATIONS = 0.05, 3  # a hearing gap below so many nats a token, so many times in a row: it does not hear

@@ -33,13 +33,14 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
 from dataset import SpeechDataset
+from decoding import recognize
 from manifest import read_manifest
 from model import SpeechLLM
-from recognize import DecodeArguments, Transcriber, recognize
 from resume import STOPPED
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors, parse
 from train import DataArguments, SpeechTrainer, TrainingArguments, build_trainer
+from transcriber import DecodeArguments, Transcriber
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "demo" / "models"

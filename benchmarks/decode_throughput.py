@@ -6,7 +6,7 @@
 
 Published (benchmarks/published.py): one clip at a time, padded to 30 s, 300 vectors, transformers' generate, which runs the
 prompt once for each beam. There is no trained checkpoint of that shape: the projector is untrained, so that it has no WER,
-and writes --new_tokens tokens of each clip; the encoder and the LLM are those of ours. Ours: recognize.py's Transcriber,
+and writes --new_tokens tokens of each clip; the encoder and the LLM are those of ours. Ours: transcriber.py's Transcriber,
 clips sorted by length, new tokens bounded by duration.
 
 Each time is a median. Accepted: of the tokens written, those that the draft had right; passes: of the LLM, for a batch.
@@ -40,9 +40,9 @@ from train_throughput import SHAPES, Bench, device_name, synchronize, table
 import draft
 from audio import load_audio
 from manifest import read_manifest
-from recognize import DecodeArguments, Transcriber, use_shipped
 from score import normalizer, score
 from settings import InputError, ModelArguments, one_line_errors
+from transcriber import DecodeArguments, Transcriber, use_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = whisper.audio.SAMPLE_RATE

@@ -21,9 +21,9 @@ import whisper
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
 from manifest import Record, read_manifest
-from recognize import DecodeArguments, Transcriber, use_shipped
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors
+from transcriber import DecodeArguments, Transcriber, use_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
 from guard import guarded, with_and_without
 from manifest import read_manifest
-from recognize import DecodeArguments, Transcriber, use_shipped
 from score import Score
 from settings import ModelArguments, one_line_errors
+from transcriber import DecodeArguments, Transcriber, use_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import longform
 from align import Counts, count
 from audio import SAMPLE_RATE, load_audio
+from decoding import recognize
 from manifest import Record, read_manifest
-from recognize import DecodeArguments, Transcriber, recognize, use_shipped
 from score import normalizer
 from settings import ModelArguments, one_line_errors
+from transcriber import DecodeArguments, Transcriber, use_shipped
 
 DATA = Path(__file__).resolve().parent.parent / "demo" / "data"
 

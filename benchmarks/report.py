@@ -24,9 +24,9 @@ from whisper.audio import SAMPLE_RATE
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
 from manifest import read_manifest
-from recognize import DecodeArguments, Transcriber, use_shipped
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors, weights_file
+from transcriber import DecodeArguments, Transcriber, use_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 

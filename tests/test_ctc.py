@@ -15,8 +15,8 @@ from dataset import SpeechCollator, SpeechDataset
 from manifest import TextLines, read_manifest
 from model import add_lora
 from prompt import Spelling, load_tokenizer
-from recognize import DecodeArguments, Transcriber
 from settings import IGNORE_INDEX, SPEECH_INDEX, InputError
+from transcriber import DecodeArguments, Transcriber
 
 
 def collapse(path, blank):

@@ -9,6 +9,7 @@ import pytest
 from conftest import build_system, write_clip, write_manifest
 from jobs import Job
 
+import decoding
 import recognize
 import sources
 from manifest import Record
@@ -46,7 +47,7 @@ def arguments(corpus, result, *more):
 
 def dies_in_its_second_batch(rank, how):
     """In process `rank`, a `decode` that ends with it."""
-    real, calls = recognize.decode, []
+    real, calls = decoding.decode, []
 
     def decode(transcriber, clips):
         calls.append(len(clips))
@@ -56,7 +57,7 @@ def dies_in_its_second_batch(rank, how):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return real(transcriber, clips)
 
-    recognize.decode = decode
+    decoding.decode = decode
 
 
 def lines(path):

@@ -7,8 +7,8 @@ from conftest import DATA, audio, batch_of, build_system
 import draft
 from audio import load_audio
 from manifest import read_manifest
-from recognize import DecodeArguments, Transcriber, use_shipped
 from settings import SPEECH_INDEX, ModelArguments
+from transcriber import DecodeArguments, Transcriber, use_shipped
 
 
 @pytest.mark.parametrize(

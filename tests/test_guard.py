@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import DATA, RATE, ROOT, build_system
 
-import recognize
 from audio import load_audio
+from decoding import decode
 from guard import broken_rules, disagree, guarded, steady, with_and_without
 from manifest import read_manifest
-from recognize import DecodeArguments, Transcriber
 from settings import ModelArguments
+from transcriber import DecodeArguments, Transcriber, use_shipped
 from transcript import Hypothesis, joined
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -172,7 +172,7 @@ def test_a_limit_that_the_user_set_is_no_suspicion():
 @pytest.mark.parametrize("guard", ["on", "off"])
 def test_the_flag(guard):
     transcriber = Scripted([heard("you you you you", "")], guard=guard)
-    (found,) = recognize.decode(transcriber, [SPEECH])
+    (found,) = decode(transcriber, [SPEECH])
     assert found.text == {"on": "", "off": "you you you you"}[guard]
 
 
@@ -216,7 +216,7 @@ def test_the_benchmark_makes_sounds_of_1_to_20_s_by_seed():
 @pytest.fixture(scope="module")
 def shipped(real):
     models = ModelArguments()
-    recognize.use_shipped(models)
+    use_shipped(models)
     return Transcriber.from_arguments(models, DecodeArguments(decoder="llm", num_beams=1, device="cpu"))
 
 

@@ -18,8 +18,8 @@ import audio as audio_module
 from audio import AudioStream, load_audio
 from longform import CHUNK, Pieces, cut
 from manifest import read_manifest
-from recognize import DecodeArguments, Transcriber
 from settings import InputError
+from transcriber import DecodeArguments, Transcriber
 
 LONGEST = 30 * RATE
 

@@ -14,11 +14,12 @@ import torch
 from conftest import RATE, ROOT, audio, build_system, run_script, write_clip, write_manifest
 from test_dataset import bad_audio
 
+import decoding
 import recognize
 from longform import Piece, cut
 from manifest import Record
-from recognize import DecodeArguments, Transcriber
 from settings import InputError, ModelArguments
+from transcriber import SPARE_TOKENS, DecodeArguments, Transcriber
 from transcript import Hypothesis
 
 UNGUARDED = SimpleNamespace(guard="off")
@@ -129,7 +130,7 @@ def test_the_number_of_new_tokens_is_bounded_by_the_duration(trained):
     )
     texts = transcriber.transcribe([np.zeros(RATE // 2, np.float32), np.zeros(3 * RATE, np.float32)])
     letter = transcriber.prompt.tokenizer.decode([65])
-    assert texts == [letter * (6 + recognize.SPARE_TOKENS), letter * (36 + recognize.SPARE_TOKENS)]
+    assert texts == [letter * (6 + SPARE_TOKENS), letter * (36 + SPARE_TOKENS)]
 
 
 @pytest.mark.parametrize("seconds", [0.05, 31.0])
@@ -142,7 +143,7 @@ def test_the_python_interface_refuses_clips_it_cannot_take(trained, seconds):
 
 def killed_in_batch(number):
     """A `decode` that is interrupted in the batch of that number, from 1."""
-    real, calls = recognize.decode, []
+    real, calls = decoding.decode, []
 
     def decode(transcriber, clips):
         calls.append(len(clips))
@@ -156,12 +157,12 @@ def killed_in_batch(number):
 def test_failed_clips_are_tried_again_by_the_next_run(tiny, trained, tmp_path, monkeypatch, echo):
     manifest = write_manifest(tmp_path / "m.jsonl", [{"key": "a", "wav": "a.wav"}, {"key": "b", "wav": "b.wav"}])
     write_clip(tmp_path / "b.wav", 1.0)
-    real = recognize.decode
-    monkeypatch.setattr(recognize, "decode", killed_in_batch(1))
+    real = decoding.decode
+    monkeypatch.setattr(decoding, "decode", killed_in_batch(1))
     with pytest.raises(KeyboardInterrupt):
         recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=1))
     assert "no such file" in (tmp_path / "r.txt.partial").read_text()
-    monkeypatch.setattr(recognize, "decode", real)
+    monkeypatch.setattr(decoding, "decode", real)
     write_clip(tmp_path / "a.wav", 1.0)
     assert recognize.run(*options(trained, manifest, tmp_path / "r.txt", batch_size=1)) == 0
     assert lines(tmp_path / "r.txt") == ["a 1.0", "b 1.0"]
@@ -203,7 +204,7 @@ def in_seconds(monkeypatch, lengths):
 
         return Pieces(sounds)
 
-    monkeypatch.setattr(recognize, "Pieces", lambda wav, *part, vad: pieces_of(wav))
+    monkeypatch.setattr(decoding, "Pieces", lambda wav, *part, vad: pieces_of(wav))
     return (Record(str(i), str(i), None, None, "") for i in range(len(lengths))), read
 
 
@@ -211,17 +212,17 @@ def test_like_lengths_stand_together_in_batches_of_bounded_duration(monkeypatch)
     """At most so many clips, and so many seconds with their padding; a clip longer than that stands alone."""
     records, _ = in_seconds(monkeypatch, [[1], [9], [2], [1], [9], [30], [2], [1]])
     batches = []
-    list(recognize.recognize(says_lengths(batches), records, batch_size=3, batch_seconds=20, window_batches=9))
+    list(decoding.recognize(says_lengths(batches), records, batch_size=3, batch_seconds=20, window_batches=9))
     assert [[length // RATE for length in batch] for batch in batches] == [[30], [9, 9], [2, 2, 1], [1, 1]]
-    parts = [recognize.Part(None, Piece(0.0, np.zeros(RATE)))] * 5
-    assert [len(batch) for batch in recognize.batches(parts, 3, float("inf"))] == [3, 2]  # was an OverflowError
+    parts = [decoding.Part(None, Piece(0.0, np.zeros(RATE)))] * 5
+    assert [len(batch) for batch in decoding.batches(parts, 3, float("inf"))] == [3, 2]  # was an OverflowError
 
 
 def test_a_recording_longer_than_what_is_read_ahead_is_joined_in_order(monkeypatch):
     """Its pieces are decoded longest first, in windows of 20 s; short ones beside it do not wait for its end."""
     lengths = [[3], [1, 5, 2, 9, 8, 4, 7, 6], [2]]
     records, _ = in_seconds(monkeypatch, lengths)
-    found = list(recognize.recognize(says_lengths([]), records, batch_size=2, batch_seconds=10, window_batches=2))
+    found = list(decoding.recognize(says_lengths([]), records, batch_size=2, batch_seconds=10, window_batches=2))
     assert [outcome.key for outcome in found] == ["0", "1", "2"]
     whole = found[1].transcript
     assert whole.text == " ".join(str(length * RATE) for length in lengths[1])
@@ -232,7 +233,7 @@ def test_a_recording_longer_than_what_is_read_ahead_is_joined_in_order(monkeypat
 def test_no_more_is_read_than_two_windows(monkeypatch):
     """However many records there are: one window is decoded, the next is read meanwhile. They were all held in memory."""
     records, read = in_seconds(monkeypatch, [[5]] * 1000)
-    found = recognize.recognize(says_lengths([]), records, batch_size=4, batch_seconds=20, window_batches=2)
+    found = decoding.recognize(says_lengths([]), records, batch_size=4, batch_seconds=20, window_batches=2)
     for done in range(1, 101):
         next(found)
         assert len(read) <= done + 2 * 9
@@ -257,7 +258,7 @@ def test_of_a_long_recording_no_more_is_held_than_two_windows():
         held.append(sum(ref() is not None for ref in made)) or [Hypothesis("a") for _ in clips]
     )
     record = Record("0", "0", None, None, "")
-    found = recognize.recognize(transcriber, [record], 4, 8, window_batches=1, pieces_of=lambda record: Pieces())
+    found = decoding.recognize(transcriber, [record], 4, 8, window_batches=1, pieces_of=lambda record: Pieces())
     (outcome,) = found
     assert len(outcome.transcript.segments) == 200
     assert max(held) <= 2 * 4 + 2 * 4
@@ -300,13 +301,13 @@ def fake(limit: int):
     ],
 )
 def test_out_of_memory_is_known_on_every_device(error):
-    assert recognize.out_of_memory(error)
+    assert decoding.out_of_memory(error)
 
 
 def test_out_of_memory_halves_the_batch_and_at_one_reports():
     transcriber = fake(limit=2)
     clips = [np.zeros(n) for n in (5, 6, 1, 7, 8)]
-    found = recognize.decode(transcriber, clips)
+    found = decoding.decode(transcriber, clips)
     assert [f.text for f in found if f is not found[2]] == ["text5", "text6", "text7", "text8"]
     assert isinstance(found[2], InputError)
     assert str(found[2]) == "out of memory on 0.0 s alone"
@@ -318,7 +319,7 @@ def test_other_errors_are_bugs_and_stay_loud():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        recognize.decode(SimpleNamespace(hypotheses=broken, args=SimpleNamespace(guard="off")), [np.zeros(9)])
+        decoding.decode(SimpleNamespace(hypotheses=broken, args=SimpleNamespace(guard="off")), [np.zeros(9)])
 
 
 def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path, monkeypatch, capsys):
@@ -327,15 +328,15 @@ def test_a_killed_run_continues_no_line_twice_none_lost(tiny, trained, tmp_path,
     recognize.run(*arguments)
     expected = lines(result)
     result.unlink()
-    real, decoded = recognize.decode, []
-    monkeypatch.setattr(recognize, "decode", killed_in_batch(2))
+    real, decoded = decoding.decode, []
+    monkeypatch.setattr(decoding, "decode", killed_in_batch(2))
     with pytest.raises(KeyboardInterrupt):
         recognize.run(*arguments)
     partial = tmp_path / "r.txt.partial"
     with partial.open("a") as file:
         file.write('[2, {"key": "clip2", "text": "half a li')  # cut off in the middle of a write
     decoded = []
-    monkeypatch.setattr(recognize, "decode", lambda t, clips: decoded.extend(map(len, clips)) or real(t, clips))
+    monkeypatch.setattr(decoding, "decode", lambda t, clips: decoded.extend(map(len, clips)) or real(t, clips))
     assert not result.exists()
     recognize.run(*arguments)
     assert "continuing: 2 of 5 are done" in capsys.readouterr().err
@@ -415,6 +416,14 @@ def test_a_screen_may_lack_letters(tiny, trained, tmp_path):
     run = run_script(*command, PYTHONIOENCODING="ascii")
     assert run.returncode == 0, run.stderr
     assert "gr\\xfc\\xdfe.wav" in run.stdout
+
+
+def test_programs_import_what_they_need_from_here():
+    """As the README does; it lives in other rooms."""
+    assert recognize.Transcriber is Transcriber
+    assert recognize.DecodeArguments is DecodeArguments
+    assert recognize.recognize is decoding.recognize
+    assert recognize.use_shipped
 
 
 def test_files_on_the_command_line_are_recognized_onto_the_screen(tiny, trained, tmp_path, capsys, echo):

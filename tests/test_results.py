@@ -11,9 +11,9 @@ from conftest import build_system, write_clip, write_manifest
 import recognize
 import results
 from manifest import Record
-from recognize import Transcriber
 from results import Outcome
 from settings import InputError
+from transcriber import Transcriber
 from transcript import Hypothesis, Word, joined
 
 

@@ -11,9 +11,10 @@ from conftest import DATA, RATE, build_system, write_clip, write_manifest
 
 import recognize
 from audio import count_samples, load_audio
-from recognize import Hypothesis, Transcriber
 from settings import InputError
 from sources import find, key_of, seconds_of
+from transcriber import Transcriber
+from transcript import Hypothesis
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from ctc import forced_alignment, greedy_path, log_likelihood
 from dataset import SpeechCollator
 from manifest import read_manifest
 from model import Sample
-from recognize import DecodeArguments, Transcriber
 from settings import IGNORE_INDEX, InputError
+from transcriber import DecodeArguments, Transcriber
 from transcript import Hypothesis, Segment, Word, joined, timed_words
 
 

@@ -19,8 +19,9 @@ import watch
 from dataset import SpeechDataset
 from manifest import read_manifest
 from model import LogLikelihood
-from recognize import DecodeArguments, Hypothesis, Transcriber
 from settings import InputError
+from transcriber import DecodeArguments, Transcriber
+from transcript import Hypothesis
 
 ON = ("--eval_strategy", "steps")
 EVERY_STEP = (*ON, "--eval_steps", "1", "--save_steps", "1")

@@ -1,0 +1,324 @@
+"""A checkpoint, ready to transcribe: `Transcriber`, and the flags of a decoding.
+
+    file or array ─ decoding.recognize ─ pieces, batches ─ hypotheses ┬─ hear ─ the CTC's text
+                                                                      ├─ _write ─ the LLM's readings (not for ctc)
+                                                                      └─ scores, words with times
+
+The command line (recognize.py) makes one `from_arguments`, a program `from_checkpoint`.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
+
+from audio import log_mel, speech_vectors, vector_seconds
+from ctc import greedy_path, log_likelihood
+from dataset import SpeechCollator
+from decoding import ArrayPieces, recognize
+from longform import DETECTORS, Pieces
+from manifest import Record
+from model import LogLikelihood, Sample, SpeechLLM, build_model
+from progress import processes
+from prompt import Prompt, answer_ids, load_tokenizer
+from settings import InputError, ModelArguments, first_line, resolve_settings
+from transcript import Hypothesis, Transcript, timed_words
+
+DEMO = Path(__file__).resolve().parent / "demo"
+MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
+SPARE_TOKENS = 8
+
+
+@dataclass
+class DecodeArguments:
+    data_path: str | None = field(default=None, metadata={"help": "What to recognize: manifest (jsonl), folder, file."})
+    result_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files to write: .txt .jsonl .tsv .srt .vtt; of a --data_path result.txt, else the screen."},
+    )
+    decoder: Literal["auto", "ctc", "llm", "joint"] = field(
+        default="auto",
+        metadata={"help": "ctc: no LLM runs; llm: it alone; joint: both vote. auto: as the checkpoint was trained."},
+    )
+    joint_weight: float = field(default=0.8, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
+    num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
+    batch_size: int = field(default=8, metadata={"help": "At most so many clips are decoded together …"})
+    batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
+    nbest: int = field(default=1, metadata={"help": "So many texts a clip with their scores; at most --num_beams."})
+    length_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Beams are ranked by score / tokens ** this. By default 1 for llm; 0 for joint: the sum itself."},
+    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes tokens that were written less likely."})
+    no_repeat_ngram_size: int = field(default=0, metadata={"help": "No so many tokens twice in a text; 0: off."})
+    temperature: float = field(
+        default=0.0, metadata={"help": "Above 0: sample instead of searching, by a seed that the clip's samples give."}
+    )
+    guard: Literal["on", "off"] = field(default="on", metadata={"help": "Against loops, refusals and text on silence."})
+    draft: bool = field(default=True, metadata={"help": "Greedy search verifies the CTC's text: faster, the same result."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, mps, cpu; the first that is there."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the frozen weights; auto is bfloat16 on a GPU, float32 elsewhere."}
+    )
+    vad: Literal["energy", "silero", "none"] = field(
+        default="energy", metadata={"help": "What finds the pauses of audio longer than 30 s; none: the quietest places."}
+    )
+
+    def check(self) -> None:
+        """Raises InputError for values that cannot be."""
+        for own in fields(self):  # the command line checks these itself, Python does not
+            value, choices = getattr(self, own.name), get_args(own.type) if get_origin(own.type) is Literal else ()
+            if choices and value not in choices:
+                raise InputError(f"--{own.name} {value!r} is none of {', '.join(choices)}")
+        for name in ("num_beams", "nbest", "batch_size", "batch_seconds", "max_new_tokens"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
+                raise InputError(f"--{name} must be at least 1")
+        if not 0 <= self.joint_weight < math.inf:
+            raise InputError("--joint_weight must not be negative (0: the LLM alone)")
+        if self.nbest > self.num_beams:
+            raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
+        if not self.repetition_penalty > 0:
+            raise InputError("--repetition_penalty must be above 0 (1: off)")
+        if self.no_repeat_ngram_size < 0:
+            raise InputError("--no_repeat_ngram_size must not be negative (0: off)")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError("--temperature must not be negative (0: off)")
+        if self.temperature and self.num_beams > 1:
+            raise InputError("--temperature samples one text: give --num_beams 1")
+
+
+class Reading(NamedTuple):
+    """A text that a search came to."""
+
+    text: str
+    ids: list[int]  # without the end of turn
+    ended: bool | None
+    score: float
+
+
+class Transcriber:
+    """A model ready to transcribe. Threads may share it: they take turns, a batch at a time."""
+
+    def __init__(self, model: SpeechLLM, prompt: Prompt, args: DecodeArguments) -> None:
+        """Raises InputError for a decoder that needs a CTC where the checkpoint has none."""
+        self.model, self.prompt, self.args = model, prompt, args
+        self.decoder = self._decoder(args)
+        DETECTORS[args.vad]()  # a missing package is told before the first file
+        self.device = next(model.parameters()).device
+        self.turn = Lock()
+
+    def _decoder(self, args: DecodeArguments) -> str:
+        args.check()
+        auto = "llm" if not self.model.ctc else "joint" if self.model.settings["llm_reads"] else "ctc"
+        decoder = auto if args.decoder == "auto" else args.decoder
+        if decoder != "llm" and not self.model.ctc:
+            raise InputError(f"--decoder {decoder} needs a checkpoint trained with --splice tokens")
+        return decoder
+
+    @cached_property
+    def spelling(self) -> Tensor:
+        return self.prompt.spelling.table(len(self.prompt.tokenizer)).to(self.device)  # (vocabulary, P)
+
+    @classmethod
+    def from_arguments(cls, model_args: ModelArguments, args: DecodeArguments) -> "Transcriber":
+        """Rebuild exactly the system of the checkpoint that `model_args` name, or raise InputError."""
+        args.check()
+        checkpoint = model_args.start()
+        if not checkpoint:
+            raise InputError("give --checkpoint DIR or --projector_model_path …/model.safetensors")
+        device = usable_device(args.device)
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        settings = resolve_settings(model_args, checkpoint)
+        prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
+        dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+        model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, checkpoint)
+        return cls(model.to(device), prompt, args)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path | None = None, **options: Any) -> "Transcriber":
+        """`Transcriber.from_checkpoint("exp", num_beams=1, device="cpu")`; options are DecodeArguments' fields. Without a
+        folder the checkpoint that comes along."""
+        model_args = ModelArguments(checkpoint=None if folder is None else str(folder))
+        if folder is None:
+            use_shipped(model_args)
+        return cls.from_arguments(model_args, DecodeArguments(**options))
+
+    def __call__(self, audio: Any, sampling_rate: float | None = None) -> Transcript | list[Transcript]:
+        """The transcript of a file (its path) or of an array or tensor of samples (see `samples_of`); of a list, a list.
+
+        Recordings of any length; arrays need their sampling_rate. In a list, one that cannot be decoded has an empty text
+        and says why in `error`; alone it raises that InputError.
+        """
+        several = isinstance(audio, list | tuple)
+        inputs = audio if several else [audio]
+        for one in inputs:
+            if not isinstance(one, str | Path | np.ndarray | Tensor):
+                raise InputError(f"{type(one).__name__} is not audio: give a file's path, or an array or tensor of samples")
+
+        def pieces_of(record: Record) -> Pieces | ArrayPieces:
+            file = isinstance(record.wav, str | Path)
+            vad = self.args.vad
+            return Pieces(record.wav, vad=vad) if file else ArrayPieces(record.wav, sampling_rate, vad)
+
+        records = [Record(str(i), one, None, None, "") for i, one in enumerate(inputs)]
+        sizes = self.args.batch_size, self.args.batch_seconds
+        outcomes = {o.key: o for o in recognize(self, records, *sizes, pieces_of=pieces_of)}
+        found = []
+        for record in records:
+            transcript = outcomes[record.key].transcript
+            if transcript.error and isinstance(record.wav, str | Path):
+                transcript.error = f"{record.wav}: {transcript.error}"
+            found.append(transcript)
+        if several:
+            return found
+        if found[0].error and not found[0].segments:
+            raise InputError(found[0].error)
+        return found[0]
+
+    def usable(self, audio: np.ndarray) -> bool:
+        """At least one projector window long and at most 30 s."""
+        return speech_vectors(len(audio), self.model.settings) > 0 and len(audio) <= N_SAMPLES
+
+    def transcribe(self, clips: Sequence[np.ndarray]) -> list[str]:
+        """One text for each clip, float32 (samples,) at 16 kHz. Raises InputError unless every clip is `usable`."""
+        return [hypothesis.text for hypothesis in self.hypotheses(clips)]
+
+    def hypotheses(self, clips: Sequence[np.ndarray], **search: Any) -> list[Hypothesis]:
+        """As `transcribe`, with all that is known of each text. `search`: DecodeArguments' fields for this call alone."""
+        args = replace(self.args, **search)
+        decoder = self._decoder(args)
+        if not all(isinstance(clip, np.ndarray) and clip.ndim == 1 and clip.dtype.kind == "f" for clip in clips):
+            raise InputError("clips must be a list of float arrays (samples,) at 16 kHz, as load_audio gives them")
+        wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
+        if wrong:
+            raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
+        with self.turn, torch.no_grad():
+            return self._decode(clips, args, decoder) if clips else []
+
+    def _decode(self, clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str) -> list[Hypothesis]:
+        settings, spelling = self.model.settings, self.prompt.spelling
+        n_mels, padding = settings["encoder"]["n_mels"], settings["encoder_padding"]
+        ids = torch.tensor(self.prompt.ids)
+        on = self.device if self.device.type == "cuda" else "cpu"  # many processors took 55 ms a clip beside an H100
+        mels = [log_mel(clip, n_mels, padding, on) for clip in clips]
+        batch = SpeechCollator()([{"input_ids": ids, "mel": mel} for mel in mels])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if not self.model.ctc:
+            return [_hypothesis(readings) for readings in self._write(batch, clips, args, decoder, None, None)]
+        heard = self.model.hear(batch["mel"], batch["mel_length"])
+        paths = [[spelling.tokens[c] for c in path] for path in greedy_path(*heard)]  # the CTC's own texts
+        if decoder == "ctc":
+            written = [[Reading(self._text(path), path, None, 0.0)] for path in paths]
+        else:
+            texts = map(self._text, paths) if args.draft else ()
+            drafts = [answer_ids(self.prompt.tokenizer, text, spoken=True) for text in texts] or None
+            written = self._write(batch, clips, args, decoder, heard, drafts)
+        weight = {"ctc": 1.0, "llm": 0.0, "joint": args.joint_weight}[decoder]
+        hypotheses = []
+        for readings, clip, path, log_probs, length in zip(
+            written, clips, paths, *(part.cpu() for part in heard), strict=True
+        ):
+            frames = log_probs[:length]  # (N, V + 1)
+            if weight:
+                votes = log_likelihood(frames, [spelling(reading.ids) for reading in readings])
+                readings = [r._replace(score=r.score + weight * vote) for r, vote in zip(readings, votes, strict=True)]
+            seconds = vector_seconds(settings["projector_stride"])
+            words = timed_words(readings[0].ids, spelling, frames.numpy(), seconds, len(clip) / SAMPLE_RATE)
+            hypotheses.append(replace(_hypothesis(readings), words=words, ctc_text=self._text(path)))
+        return hypotheses
+
+    def _write(
+        self,
+        batch: dict[str, Tensor],
+        clips: Sequence[np.ndarray],
+        args: DecodeArguments,
+        decoder: str,
+        heard: Any,
+        drafts: Any,
+    ) -> list[list[Reading]]:
+        """The LLM's readings of each clip, those that the search likes best first, with its log-probabilities."""
+        ends = self.model.llm.generation_config.eos_token_id
+        seconds = torch.tensor([len(clip) / SAMPLE_RATE for clip in clips])
+        allowed = (seconds * MAX_TOKENS_PER_SECOND).long() + SPARE_TOKENS  # (B,)
+        if args.max_new_tokens is not None:
+            allowed = torch.full_like(allowed, args.max_new_tokens)
+        search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
+        several = args.num_beams if args.nbest > 1 else 1  # some are the same text in other tokens
+        search |= {"num_return_sequences": several} if several > 1 else {}
+        if args.num_beams > 1:  # greedy search would warn of it; the joint score is a sum: no average over its length
+            default = 0.0 if decoder == "joint" else 1.0
+            search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
+        if decoder == "joint":
+            search |= {"joint_weight": args.joint_weight, "spelling": self.spelling}
+        likelihood = LogLikelihood(len(clips), ends)
+        before: list[LogitsProcessor] = [likelihood]
+        # generate's own flag overlooks as many tokens of a text as its clip's prompt has padding on the left
+        before += [RepetitionPenaltyLogitsProcessor(args.repetition_penalty)] if args.repetition_penalty != 1 else []
+        before += [NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)] if args.no_repeat_ngram_size else []
+        after = [Sample(args.temperature, [crc32(clip.tobytes()) for clip in clips])] if args.temperature else []
+        new = self.model.generate(
+            **batch, max_new_tokens=allowed.to(self.device), heard=heard, drafts=drafts, before=before, after=after, **search
+        )
+        readings: list[list[Reading]] = [[] for _ in clips]
+        for i, row in enumerate(new.tolist()):
+            clip = i // several
+            length = next((i for i, id in enumerate(row) if id in ends), len(row))
+            ended = length < allowed[clip].item()
+            score = likelihood.of(clip, row[:length], row[length] if ended else None)
+            reading = Reading(self._text(row), row[:length], ended, score)
+            if reading.text not in [other.text for other in readings[clip]]:
+                readings[clip].append(reading)
+        return [row[: args.nbest] for row in readings]
+
+    def _text(self, ids: list[int]) -> str:
+        ends = self.model.llm.generation_config.eos_token_id
+        length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+        text = self.prompt.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return " ".join(text.split())
+
+
+def _hypothesis(readings: Sequence[Reading]) -> Hypothesis:
+    best = readings[0]
+    nbest = [(reading.text, reading.score) for reading in readings]
+    return Hypothesis(best.text, best.ended, best.score, len(best.ids) + bool(best.ended), nbest)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is; raises InputError for one that is not there."""
+    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(torch.cuda.device_count(), 1)}"  # of each process another
+    best = own if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name or best)
+        return torch.device(name or best)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {first_line(error)}") from None
+
+
+def use_shipped(model_args: ModelArguments) -> None:
+    """Without a checkpoint: the one in demo/pretrained, with its two small models, which are fetched on first use."""
+    small = {"llm_model_name_or_path": "SmolLM2-135M-Instruct", "whisper_model_name_or_path": "whisper-tiny.en.pt"}
+    for flag, name in small.items():
+        path = DEMO / "models" / name
+        if not getattr(model_args, flag):
+            setattr(model_args, flag, str(path))
+            if not path.exists():
+                if processes()[1] > 1:
+                    raise InputError("fetch the two small models first: python demo/fetch_models.py")
+                print("fetching two small models for the checkpoint that comes along (164 MB, once)", file=sys.stderr)
+                if subprocess.run([sys.executable, DEMO / "fetch_models.py"], stdout=sys.stderr).returncode:
+                    raise InputError("the models could not be fetched: see above, or give --checkpoint")
+    model_args.checkpoint = str(DEMO / "pretrained")
