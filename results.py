@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
+from statistics import fmean
 from typing import TextIO
 from urllib.parse import unquote
 
@@ -53,10 +54,12 @@ class Outcome:
         return self.transcript.duration
 
     def as_dict(self) -> dict:
-        """A line of result.jsonl. confidence: exp(score / tokens), the geometric mean of its tokens' probabilities; for
-        joint less than that, since both votes are in it."""
+        """A line of result.jsonl. confidence: the mean of its words'; where they are not known exp(score / tokens), the
+        geometric mean of its tokens' probabilities (joint scores have both votes in them and are no such thing)."""
         known = asdict(self.transcript)
         confidence = math.exp(known["score"] / known["tokens"]) if known["tokens"] else None
+        if known["words"]:
+            confidence = fmean(word["confidence"] for word in known["words"])
         first = {"key": self.key, "text": known.pop("text"), "confidence": confidence}
         if known["unguarded"] in (None, self.text):
             del known["unguarded"]

@@ -5,6 +5,7 @@ import math
 import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from conftest import build_system, write_clip, write_manifest
 
@@ -59,7 +60,7 @@ def test_text_jsonl_and_table(tmp_path, outcomes):
     assert [line["key"] for line in lines] == ["a", "b", "c"]
     assert lines == json.loads(json.dumps(outcomes))
     first = lines[0]
-    assert first["confidence"] == pytest.approx(math.exp(-3.0 / 8))  # the geometric mean of its tokens' probabilities
+    assert first["confidence"] == pytest.approx(np.mean([word["confidence"] for word in first["words"]]))
     assert first["words"][1] == {"text": "world", "start": 1.0, "end": 1.5, "confidence": 0.6}
     assert first["segments"][1] == {"start": 2.0, "end": 3.5, "text": "<again>"}
     assert first["nbest"][0] == ["hello world <again>", -3.0]
@@ -68,7 +69,7 @@ def test_text_jsonl_and_table(tmp_path, outcomes):
     assert "unguarded" not in first
     rows = [line.split("\t") for line in written(tmp_path, "r.tsv", outcomes).splitlines()]
     assert rows[0] == ["key", "duration", "confidence", "flags", "error", "text"]
-    assert rows[1] == ["a", "3.500", "0.6873", "loop", "", "hello world <again>"]
+    assert rows[1] == ["a", "3.500", f"{first['confidence']:.4f}", "loop", "", "hello world <again>"]
     assert rows[2] == ["b", "0.000", "", "", "no such file", ""]
     assert not list(tmp_path.glob("*.new"))
 
@@ -160,3 +161,12 @@ def test_one_run_writes_all_kinds_and_a_resumed_one_carries_all_fields(tiny, tmp
     }
     assert a["seconds"] >= 0.002
     assert "hello world" in (tmp_path / "out" / "a.srt").read_text()
+
+
+def test_without_words_the_score_tells_how_sure_a_text_is():
+    """The joint score is the LLM's and the CTC's together: a nearly right text had a confidence of 0.21 by it."""
+    sure = joined([(0.0, 1.0, Hypothesis("a b", score=-3.0, tokens=8))], 1.0)
+    assert Outcome("k", "k.wav", sure, 0.1).as_dict()["confidence"] == pytest.approx(math.exp(-3.0 / 8))
+    words = [Word("a", 0.1, 0.2, 0.9), Word("b", 0.3, 0.4, 0.5)]
+    heard = joined([(0.0, 1.0, Hypothesis("a b", score=-3.0, tokens=8, words=words))], 1.0)
+    assert Outcome("k", "k.wav", heard, 0.1).as_dict()["confidence"] == pytest.approx(0.7)
