@@ -3,7 +3,7 @@
 # packages. Started again it continues (but for the labelling of the games, a quarter of an hour).
 #   bash demo/pretrain.sh                          from nothing
 #   START=demo/pretrained bash demo/pretrain.sh    from these weights on
-# HOURS, KOKORO_HOURS (1.5 x real time a core, hundreds on a GPU), ALIGN_STEPS, READ_STEPS: of synthetic
+# HOURS, KOKORO_HOURS (1.5 x real time a core, 150 x on an H100), ALIGN_STEPS, READ_STEPS: of synthetic
 # speech, by rules and by a neural voice; of CTC alone; with the LLM, which learns to read what the CTC hears
 # of speech that is new to it: what it has learned by heart it hears too well.
 set -Eeuo pipefail
