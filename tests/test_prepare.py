@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from conftest import DATA, RATE, run_script
 
+import corpora
 import prepare
 from audio import load_audio
 from manifest import read_manifest
@@ -413,7 +414,7 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_field_of_the_corpus_does_not_replace_ours():
     row = {"start": 1, "key": "k", "speaker": "s", "age": "", "up_votes": 2, "path": None, "x": float("nan"), None: ["more"]}
-    assert prepare.others(row) == {"up_votes": 2}
+    assert corpora.others(row) == {"up_votes": 2}
 
 
 def test_not_utf8_names_file_and_line(tmp_path):
