@@ -5,15 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from align import alignments, paired
+from scoring import Score
 from texts import ScoreError
-
-if TYPE_CHECKING:
-    from score import Score
 
 TABLE = 4_000_000  # numbers held at a time
 ALL = "(all)"  # the group of every clip
@@ -28,16 +26,16 @@ class ScoredSet:
     name: str
     path: Path  # of the reference
     fields: dict[str, dict[str, Any]]  # of the reference: name → key → value
-    results: dict[str, "Score"]
-    raw: dict[str, "Score"]  # without normalisation; or empty
+    results: dict[str, Score]
+    raw: dict[str, Score]  # without normalisation; or empty
 
-    def groups(self, result: "Score", field: str) -> dict[str, "Score"]:
+    def groups(self, result: Score, field: str) -> dict[str, Score]:
         """A result's parts by what the field says, in alphabetical order; durations by size."""
         parts: dict[str, Score] = {}
         missing = set(result.missing)
         for utterance in result.utterances:
             name = group(field, self.fields[field].get(utterance.key))
-            part = parts.setdefault(name, type(result)([], []))  # another Score; score.py imports this file
+            part = parts.setdefault(name, Score([], []))
             part.utterances.append(utterance)
             part.missing.extend([utterance.key] if utterance.key in missing else [])
         return {
@@ -63,7 +61,7 @@ class ScoredSet:
             yield where | ({by: ALL} if by else {}) | total
             first = first or result
 
-    def error_lines(self, result: "Score", most: int) -> Iterator[str]:
+    def error_lines(self, result: Score, most: int) -> Iterator[str]:
         """The most frequent errors and the worst clips, so many of each; WER by duration where durations are known."""
         for kind, counter in frequent_errors(result).items():
             found = ", ".join(f"{times} × {what}" for what, times in counter.most_common(most))
@@ -90,7 +88,7 @@ def seconds(duration: Any) -> float | None:
         return None
 
 
-def frequent_errors(result: "Score") -> dict[str, Counter[str]]:
+def frequent_errors(result: Score) -> dict[str, Counter[str]]:
     """How often each substitution "said → written", deletion and insertion of words stands in the alignments."""
     wrong = [(u.reference, u.hypothesis) for u in result.utterances if u.words.errors]
     found: dict[str, Counter[str]] = {"substitutions": Counter(), "deletions": Counter(), "insertions": Counter()}
@@ -105,7 +103,7 @@ def frequent_errors(result: "Score") -> dict[str, Counter[str]]:
     return found
 
 
-def rates(result: "Score", raw: "Score | None") -> dict[str, Any]:
+def rates(result: Score, raw: Score | None) -> dict[str, Any]:
     """Numbers of one result; rates in percent, None without a reference word."""
     words, counts = result.words, {"WER": result.words, "CER": result.characters, "MER": result.mixed}
     counts |= {"raw WER": raw.words, "raw CER": raw.characters} if raw else {}
@@ -119,7 +117,7 @@ def percent(rate: float | None) -> float | None:
     return None if rate is None else round(100 * rate, 4)
 
 
-def compared(result: "Score", first: "Score | None", resamples: int, seed: int) -> dict[str, Any]:
+def compared(result: Score, first: Score | None, resamples: int, seed: int) -> dict[str, Any]:
     """The middle 95 % of a result's resampled WERs, in percent; and how it differs from a first result of the same set.
 
     p is two-sided: how often resampling turns the difference round, or makes it nothing, doubled.

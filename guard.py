@@ -15,7 +15,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from whisper.audio import SAMPLE_RATE
 
-from score import Score, hallucination, normalizer, score
+from normalize import normalizer
+from scoring import Score, hallucination, score
 from transcript import Hypothesis, Transcript
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def broken_rules(audio: np.ndarray, found: Hypothesis, bounded: bool = True) -> 
     """Which rules the text of a clip breaks; none for an empty one.
 
     no_speech: the CTC hears no word, or, where there is none, the clip is silent or steady throughout.
-    loop, refusal: as score.hallucination has them; what the CTC hears too is none.
+    loop, refusal: as scoring.hallucination has them; what the CTC hears too is none.
     too_fast: more words than WORDS_PER_SECOND and SPARE_WORDS (a Chinese character is a word).
     cut_off: it ran into the limit of tokens that the duration sets (`bounded`).
     disagrees: more than DISAGREEMENT of its letters, and at least FEWEST_EDITS, are not the CTC's.

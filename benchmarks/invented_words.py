@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
 from guard import guarded, with_and_without
 from manifest import read_manifest
-from score import Score
+from scoring import Score
 from settings import ModelArguments, one_line_errors
 from transcriber import DecodeArguments, Transcriber, use_shipped
 

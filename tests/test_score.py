@@ -23,7 +23,9 @@ import compare
 from align import Counts, align, alignments, count
 from manifest import read_manifest
 from normalize import NORMALIZERS, mixed, normalizer, versioned
-from score import Score, ScoreError, Utterance, hallucination, main, read_texts, report, score
+from score import main, report
+from scoring import Score, Utterance, hallucination, score
+from texts import ScoreError, read_texts
 
 SCLITE = Path("/usr/lib/sctk/bin/sclite")
 RECORDED = json.loads((Path(__file__).parent / "sclite_counts.json").read_text(encoding="utf-8"))  # by sctk 2.4.10
