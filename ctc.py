@@ -209,10 +209,18 @@ class CTCPrefixScore(LogitsProcessor):
     """
 
     def __init__(
-        self, log_probs: Tensor, length: Tensor, spelling: Tensor, ends: list[int], weight: float, candidates: int = 24
+        self,
+        log_probs: Tensor,
+        length: Tensor,
+        spelling: Tensor,
+        ends: list[int],
+        weight: float,
+        candidates: int = 24,
+        best: int | None = None,
     ) -> None:
         """log_probs (B, N, V + 1), length (B,); spelling (vocabulary, P): the CTC classes of each of the LLM's tokens,
-        padded with −1; `ends`: the tokens that end a transcript."""
+        padded with −1; `ends`: the tokens that end a transcript. Of the candidates the search needs the `best`: others
+        need not be scored."""
         B, N, classes = log_probs.shape
         if length.device.type == "mps":  # has no float64
             log_probs, length, spelling = log_probs.cpu(), length.cpu(), spelling.cpu()
@@ -228,6 +236,7 @@ class CTCPrefixScore(LogitsProcessor):
         self.first[ends] = classes - 1
         self.ends, self.weight = ends, weight
         self.candidates = min(candidates, int((self.first < classes - 1).sum()))
+        self.best = best or self.candidates
         # a state: last class, log P of ending at each time 0 … N in a token and in a blank, log P of all that begin so
         never = torch.full((B, N + 1), NEVER, dtype=torch.float64, device=length.device)
         self.states = self.start = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
@@ -269,7 +278,10 @@ class CTCPrefixScore(LogitsProcessor):
         padded = F.pad(self.first, (0, scores.shape[-1] - len(self.first)), value=first.shape[-1])  # an output layer may be
         bound = F.pad(self.weight * (first - total[:, None]), (0, 1), value=-torch.inf).to(scores.dtype)  # (R, V + 1)
         bounds, best = (scores + bound[:, padded]).topk(self.candidates)  # (R, K)
-        gain = self._begin_with(rows, states, first, best) - total[:, None]  # (R, K)
+        several = (self.spelling[best.clamp(max=len(self.spelling) - 1), 1:] >= 0).any(-1)  # of others the bound is exact
+        enough = bounds.masked_fill(several, -torch.inf).topk(min(self.best, self.candidates)).values[:, -1:]  # (R, 1)
+        bounds = bounds.masked_fill(several & (bounds < enough), -torch.inf)
+        gain = self._begin_with(rows, states, first, best, several & ~bounds.isneginf()) - total[:, None]  # (R, K)
         ended = torch.logaddexp(token[:, -1], blank[:, -1]) - total  # (R,)
         voted = torch.full_like(scores, -torch.inf)
         both = scores.gather(1, best) + (self.weight * gain.clamp(min=NEVER)).to(scores.dtype)
@@ -289,9 +301,11 @@ class CTCPrefixScore(LogitsProcessor):
         scores[at, again[at]] = repeated[at]
         return scores
 
-    def _begin_with(self, rows: Tensor, states: Sequence[Tensor], first: Tensor, tokens: Tensor) -> Tensor:
-        """log P of all that begins with a prefix and each of its candidates, tokens (R, K): (R, K)."""
+    def _begin_with(self, rows: Tensor, states: Sequence[Tensor], first: Tensor, tokens: Tensor, several: Tensor) -> Tensor:
+        """log P of all that begins with a prefix and each of its candidates, tokens (R, K), or but for `several` (R, K)
+        with the first class of each: (R, K)."""
         pieces = self.spelling[tokens.flatten().clamp(max=len(self.spelling) - 1)]  # (R * K, P)
+        pieces[:, 1:].masked_fill_(~several.view(-1, 1), -1)
         total = first.gather(1, pieces[:, 0].view_as(tokens).clamp(min=0)).flatten()  # (R * K,): of their first pieces
         parent = torch.arange(len(rows), device=rows.device).repeat_interleave(tokens.shape[1])  # (R * K,)
         for i in range(1, pieces.shape[1]):

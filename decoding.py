@@ -26,6 +26,7 @@ from transcript import Hypothesis, joined
 if TYPE_CHECKING:
     from transcriber import Transcriber
 
+ALIKE = 0.5  # the shortest clip of a batch, of its longest
 WINDOW_BATCHES = 4  # so many times --batch_seconds are read ahead and sorted by length
 
 
@@ -114,10 +115,13 @@ def read_ahead(parts: Iterator[Part], seconds: float) -> Iterator[list[Part]]:
 
 
 def batches(parts: Sequence[Part], size: int, seconds: float) -> Iterator[list[Part]]:
-    """The longest first, neighbours in length together: as many as `seconds` hold with their padding, at most `size`."""
+    """The longest first, neighbours in length together: as many as `seconds` hold with their padding, at most `size`, and
+    none that is much shorter than the first: a batch takes as long as its longest."""
     parts = sorted(parts, key=lambda part: len(part.piece.audio), reverse=True)
     while parts:
-        fit = max(1, int(min(size, seconds * SAMPLE_RATE / len(parts[0].piece.audio))))
+        longest = len(parts[0].piece.audio)
+        fit = max(1, int(min(size, seconds * SAMPLE_RATE / longest)))
+        fit = sum(len(part.piece.audio) >= ALIKE * longest for part in parts[:fit])
         batch, parts = parts[:fit], parts[fit:]
         yield batch
 

@@ -20,7 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
 
-LOOKAHEAD = 16  # tokens of the draft that one pass verifies: logits of a whole transcript might not fit
+LOOKAHEAD = 16  # tokens of a draft that one pass verifies, at most: logits of a whole transcript might not fit
+ON_A_CPU = 32  # of all drafts together: there a token takes its time, also one that is rejected
 
 KNOWN = {"num_beams", "do_sample"}  # options that it honours
 
@@ -53,6 +54,11 @@ class Draft:
         return self.ids[max(range(len(self.edits)), key=lambda j: (-self.edits[j], j)) :]
 
 
+def lookahead(rows: int, device: torch.device) -> int:
+    """How many tokens of each of so many drafts one pass verifies."""
+    return LOOKAHEAD if device.type != "cpu" else min(max(ON_A_CPU // rows, 2), LOOKAHEAD)
+
+
 def applies(cache: DynamicCache, options: dict[str, Any]) -> bool:
     """Whether this is a greedy search, with transformers' `options`, of an LLM whose cache may have gaps: where a layer sees
     a window of positions, or sums them up, it may not. Under ZeRO-3 all processes need equally many passes."""
@@ -81,7 +87,7 @@ def verify(
     drafts = [Draft(ids) for ids in drafts]
     rows = torch.arange(len(embeds), device=device)  # (L,) that still write
     texts, log_probs, accepted = ([[] for _ in drafts] for _ in range(3))
-    guesses = [draft.rest([])[:LOOKAHEAD] for draft in drafts]
+    guesses = [draft.rest([])[: lookahead(len(drafts), device)] for draft in drafts]
     states = [part[rows] for part in vote.start] if vote else None
     pending, passes = embeds[:, cache.get_seq_length() :], 0
     while len(rows):
@@ -140,6 +146,6 @@ def verify(
         pending = embed(own[going]).to(pending.dtype)  # (L', 1, D)
         guesses = []
         for i, k in zip(rows.tolist(), going.tolist(), strict=True):  # a draft that was wrong is trusted less far
-            guesses.append(drafts[i].rest(new[k])[: min(2 * len(new[k]), LOOKAHEAD)])
+            guesses.append(drafts[i].rest(new[k])[: min(max(2 * len(new[k]), 4), lookahead(len(rows), device))])
     ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True, config.pad_token_id)
     return Written(ids, [torch.cat(parts) for parts in log_probs], passes, [sum(counts) for counts in accepted])

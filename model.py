@@ -12,6 +12,7 @@ Only what has `requires_grad` is trained, and only that is saved (`model.safeten
 on beside it (`config.json`).
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -27,12 +28,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from whisper.audio import HOP_LENGTH
 
 import draft
+import inference
 from audio import speech_lengths
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path
 from encoder import SpeechEncoder, attend
@@ -204,6 +207,8 @@ class SpeechLLM(nn.Module):
         self.aligning = False  # train by CTC alone, without the LLM
         self.ctc_weight = 0.0  # of the CTC beside the LLM's cross-entropy
         self.share_prompt = not torch.accelerator.is_available()  # a GPU's cost is launches: not measured there
+        self.prepared = False  # to decode: its weights no longer change
+        self.begun: tuple[Tensor, DynamicCache] | None = None
         self.train(False)
 
     @property
@@ -232,9 +237,18 @@ class SpeechLLM(nn.Module):
                 encoded = self.encoder(mel, mel_length)  # (B, E, d)
         return self.projector(encoded, frames), length
 
+    def listen(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
+        """As `embed_speech`, to decode. On a CPU one clip after the other: it has no launches to save, and padding costs it
+        as much as speech."""
+        if mel.device.type != "cpu" or is_deepspeed_zero3_enabled():  # its ranks need equally many passes
+            return self.embed_speech(mel, mel_length)
+        clips = zip(mel[:, None], mel_length.tolist(), mel_length[:, None], strict=True)
+        vectors, length = zip(*(self.embed_speech(clip[..., :end], n) for clip, end, n in clips), strict=True)
+        return pad_sequence([row[0] for row in vectors], batch_first=True), torch.cat(length)
+
     def hear(self, mel: Tensor, mel_length: Tensor) -> tuple[Tensor, Tensor]:
         """The CTC's log-probabilities (B, N, V + 1) and how many frames of each row are real (B,)."""
-        vectors, length = self.embed_speech(mel, mel_length)
+        vectors, length = self.listen(mel, mel_length)
         return self.ctc(vectors), length
 
     def splice(
@@ -323,10 +337,21 @@ class SpeechLLM(nn.Module):
     def _shared(self, input_ids: Tensor, attention_mask: Tensor) -> int:
         """With how many tokens every row begins (the prompt before the speech), where it pays to read them once for all."""
         sharded = hasattr(next(self.llm.parameters()), "ds_id")  # ranks gather equally often, whatever their batches
-        if not self.share_prompt or sharded or len(input_ids) == 1 or self.llm.is_activation_checkpointing:
+        once = self.share_prompt and len(input_ids) > 1 and not self.llm.is_activation_checkpointing
+        if sharded or not (once or self.prepared):
             return 0
         alike = (input_ids == input_ids[0]) & (input_ids != SPEECH_INDEX) & attention_mask.bool()  # (B, T)
         return int(alike.all(0).cumprod(0).sum())
+
+    def _beginning(self, ids: Tensor, embeds: Tensor) -> DynamicCache:
+        """A cache that has read ids (shared,), embeds (1, shared, D). Weights that no longer change read them only once."""
+        if self.begun is None or not torch.equal(self.begun[0], ids):
+            cache = DynamicCache(config=self.llm.config)
+            self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
+            if not self.prepared:
+                return cache
+            self.begun = ids, cache
+        return copy.deepcopy(self.begun[1])
 
     def _think(self, embeds: Tensor, mask: Tensor, shared: int) -> Tensor:
         """The LLM's last hidden states (B, T - shared, D). The first `shared` positions, alike in every row, are read once:
@@ -384,10 +409,11 @@ class SpeechLLM(nn.Module):
             speech, length = self.ctc.soft_tokens(log_probs, frames)
             if joint_weight:
                 ends = self.llm.generation_config.eos_token_id
-                vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight)
+                best = None if after else (1 + len(ends)) * options.get("num_beams", 1)  # that generate's search looks at
+                vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best)
                 processors.insert(len(before), vote)
         else:
-            speech, length = self.embed_speech(mel, mel_length)
+            speech, length = self.listen(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
         cache = DynamicCache(config=self.llm.config)
         shared = self._shared(input_ids, attention_mask)
@@ -396,7 +422,7 @@ class SpeechLLM(nn.Module):
             t = torch.arange(mask.shape[1], device=mask.device)
             mask = ((t < shared) | (t >= shared + padding)).long()
             embeds[:, :shared] = embeds[padding.argmin(), :shared].clone()
-            self.llm.base_model(inputs_embeds=embeds[:1, :shared], cache=cache, use_cache=True)
+            cache = self._beginning(input_ids[0, :shared], embeds[:1, :shared])
             cache.batch_repeat_interleave(len(embeds))
         likelihoods = [p for p in before if isinstance(p, LogLikelihood)]
         plain = len(likelihoods) == len(before) and not after
@@ -415,7 +441,7 @@ class SpeechLLM(nn.Module):
                 cache=cache,
                 use_cache=True,
             )
-            cache.reorder_cache(torch.arange(len(embeds), device=embeds.device).repeat_interleave(beams))
+            inference.for_beams(cache, beams)
         if cache.get_seq_length():
             options["cache"] = cache
         return self.llm.generate(
@@ -425,6 +451,13 @@ class SpeechLLM(nn.Module):
             logits_processor=processors,
             **options,
         )
+
+    def for_decoding(self) -> "SpeechLLM":
+        """As fast as it goes (see inference.py), the projector in the encoder's precision."""
+        self.projector.to(next(self.encoder.parameters()).dtype)
+        inference.prepare(self)
+        self.prepared = True
+        return self
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -55,7 +55,7 @@ class DecodeArguments:
     )
     joint_weight: float = field(default=0.8, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
-    batch_size: int = field(default=8, metadata={"help": "At most so many clips are decoded together …"})
+    batch_size: int = field(default=32, metadata={"help": "At most so many clips are decoded together …"})
     batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
     nbest: int = field(default=1, metadata={"help": "So many texts a clip with their scores; at most --num_beams."})
     length_penalty: float | None = field(
@@ -146,7 +146,7 @@ class Transcriber:
         prompt = Prompt.build(load_tokenizer(settings["llm"]["name"]), model_args.prompt, settings)
         dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
         model = build_model(settings, prompt.word_ids, prompt.end_of_turn, dtype, checkpoint)
-        return cls(model.to(device), prompt, args)
+        return cls(model.to(device).for_decoding(), prompt, args)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path | None = None, **options: Any) -> "Transcriber":

@@ -2,12 +2,12 @@
 
     python benchmarks/decode_throughput.py                          # the shipped checkpoint and the demo's test clips
     python benchmarks/decode_throughput.py --checkpoint demo/exp/tuned --parts ratio
-    python benchmarks/decode_throughput.py --llm_shape qwen2-1.5b --parts ratio --batch_size 32     # for a GPU, one minute
+    python benchmarks/decode_throughput.py --llm_shape qwen2-1.5b --parts ratio --clips 32     # for a GPU, one minute
 
 Published (benchmarks/published.py): one clip at a time, padded to 30 s, 300 vectors, transformers' generate, which runs the
 prompt once for each beam. There is no trained checkpoint of that shape: the projector is untrained, so that it has no WER,
-and writes --new_tokens tokens of each clip; the encoder and the LLM are those of ours. Ours: transcriber.py's Transcriber,
-clips sorted by length, new tokens bounded by duration.
+and writes --new_tokens tokens of each clip; the encoder and the LLM are those of ours. Ours: a Transcriber as
+recognize.py uses it, without the guard: clips sorted by length, new tokens bounded by duration.
 
 Each time is a median. Accepted: of the tokens written, those that the draft had right; passes: of the LLM, for a batch.
 Memory: the most that was held at once over what was held before; on a CPU as Linux counts it.
@@ -43,6 +43,7 @@ from manifest import read_manifest
 from score import normalizer, score
 from settings import InputError, ModelArguments, one_line_errors
 from transcriber import DecodeArguments, Transcriber, use_shipped
+from transcript import Hypothesis
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = whisper.audio.SAMPLE_RATE
@@ -55,14 +56,13 @@ class Row:
     name: str
     decode: Callable[[list[np.ndarray]], list[str]]
     against: str  # the row of the published way that it is compared with
-    batch_size: int = 1
     seconds: list[float] = field(default_factory=list)  # for one second of speech
     texts: list[str] = field(default_factory=list)
     passes: list[draft.Written] = field(default_factory=list)
     memory: float = 0.0
 
     def time(self, clips: list[np.ndarray], clock: Callable[[], float], device: str) -> None:
-        self.texts, self.passes, verify = [], [], draft.verify
+        self.passes, verify = [], draft.verify
 
         def record(*args: object) -> draft.Written:
             self.passes.append(verify(*args))
@@ -71,8 +71,7 @@ class Row:
         with patch.object(draft, "verify", record), peak_memory(device) as peak:
             synchronize(device)
             start = clock()
-            for i in range(0, len(clips), self.batch_size):
-                self.texts += self.decode(clips[i : i + self.batch_size])
+            self.texts = self.decode(clips)
             synchronize(device)
             self.seconds.append((clock() - start) / sum(map(len, clips)) * RATE)
         self.memory = max(self.memory, peak[0])
@@ -108,15 +107,14 @@ def peak_memory(device: str) -> Iterator[list[float]]:
 
 def ours(args: argparse.Namespace, bench: Bench) -> Transcriber:
     """The checkpoint's system, or of --llm_shape one with random weights that hears what is said."""
-    options = DecodeArguments(device=args.device, dtype=args.dtype)
+    options = DecodeArguments(device=args.device, dtype=args.dtype, guard="off")
     if not args.llm_shape:
         models = ModelArguments(args.llm, args.whisper)
         use_shipped(models)
         models.checkpoint = args.checkpoint or models.checkpoint
         return Transcriber.from_arguments(models, options)
     options.max_new_tokens = args.new_tokens
-    model = bench.ours("tokens").eval()
-    return Transcriber(model, bench.prompt, options)
+    return Transcriber(bench.ours("tokens").eval().for_decoding(), bench.prompt, options)
 
 
 class Decoding:
@@ -128,9 +126,10 @@ class Decoding:
         bench = Bench(args, args.data_path)
         records = list(read_manifest(args.data_path))
         audio = sorted(((load_audio(r.wav)[0], r.txt) for r in records), key=lambda pair: len(pair[0]))
-        if not 1 <= args.clips <= len(audio):
+        count = len(audio) if args.clips is None else args.clips
+        if not 1 <= count <= len(audio):
             raise InputError(f"--clips: 1 to {len(audio)}")
-        chosen = [audio[int((i + 0.5) * len(audio) / args.clips)] for i in range(args.clips)]
+        chosen = [audio[int((i + 0.5) * len(audio) / count)] for i in range(count)]
         self.clips, self.references = [list(part) for part in zip(*chosen, strict=True)]
         self.said = {clip.tobytes(): txt for clip, txt in audio}
         self.transcriber = ours(args, bench)
@@ -160,18 +159,20 @@ class Decoding:
         return Row(name, decode, name)
 
     def row(self, decoder: str, beams: int = 1, drafts: bool = False, batch_size: int | None = None) -> Row:
-        args = replace(self.transcriber.args, decoder=decoder, num_beams=beams, draft=drafts)
+        size = batch_size or self.args.batch_size
+        args = replace(self.transcriber.args, decoder=decoder, num_beams=beams, draft=drafts, batch_size=size)
         one = Transcriber(self.transcriber.model, self.transcriber.prompt, args)
+        if self.args.llm_shape:
+            self.plant(one)
         name = "ctc" if decoder == "ctc" else f"{decoder}, {search(beams)}{', draft' * drafts}"
-        decode = self.planted(one) if self.args.llm_shape else one.transcribe
-        return Row(name, decode, f"published, {search(beams)}", batch_size or self.args.batch_size)
+        return Row(name, lambda clips: [found.text for found in one(clips, RATE)], f"published, {search(beams)}")
 
-    def planted(self, one: Transcriber) -> Callable[[list[np.ndarray]], list[str]]:
+    def plant(self, one: Transcriber) -> None:
         """With random weights: the CTC hears the clip's words, drafts are what the LLM will write."""
         model, prompt, known = one.model, one.prompt, {}
-        generate = model.generate
+        generate, hypotheses = model.generate, one.hypotheses
 
-        def decode(clips: list[np.ndarray]) -> list[str]:
+        def planted(clips: list[np.ndarray]) -> list[Hypothesis]:
             said = [prompt.example(self.said.get(clip.tobytes(), ""))["ctc_labels"] for clip in clips]
 
             def hear(_: object, __: tuple, log_probs: Tensor) -> Tensor:
@@ -190,11 +191,11 @@ class Decoding:
             handle = model.ctc.register_forward_hook(hear)
             try:
                 with patch.object(model, "generate", with_drafts):
-                    return one.transcribe(clips)
+                    return hypotheses(clips)
             finally:
                 handle.remove()
 
-        return decode
+        one.hypotheses = planted
 
     def time(self, rows: list[Row], clips: list[np.ndarray], repetitions: int) -> None:
         """Alternating. The published way takes as long whatever the clip: a few of them will do."""
@@ -205,7 +206,7 @@ class Decoding:
                 theirs = row.name == row.against
                 some = few if theirs else clips
                 if repetition == 0 and not self.args.llm_shape:  # kernels, memory; with random weights also the drafts
-                    some = some[: row.batch_size]
+                    some = some[: self.args.batch_size]
                 row.time(some, self.clock, self.args.device)
                 if theirs:
                     row.seconds[-1] *= share  # of speech of the average clip
@@ -231,7 +232,7 @@ def ratio(run: Decoding) -> None:
     rows += [run.row(decoder, 1, drafts) for decoder in ("llm", "joint") for drafts in (False, True)]
     rows += [run.row(decoder, beams) for decoder in ("llm", "joint")]
     seconds = sum(map(len, run.clips)) / RATE
-    print(f"\n{len(run.clips)} clips, {seconds:.0f} s, batches of {args.batch_size}, {args.repetitions} repetitions")
+    print(f"\n{len(run.clips)} clips, {seconds:.0f} s, batches of at most {args.batch_size}, {args.repetitions} repetitions")
     run.time(rows, run.clips, args.repetitions)
     cost = {row.name: statistics.median(row.seconds) for row in rows}
     lines = []
@@ -292,8 +293,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--num_beams", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=12, help="that the published way writes of each clip")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--clips", type=int, default=16, help="evenly taken by length")
+    parser.add_argument("--batch_size", type=int, default=DecodeArguments.batch_size)
+    parser.add_argument("--clips", type=int, help="evenly taken by length; all")
     parser.add_argument("--published_clips", type=int, default=3, help="of these, for the published way")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--sweep_clips", type=int, default=16, help="in each point of the part batch_sizes")

@@ -83,6 +83,19 @@ def test_candidates_are_chosen_by_both():
     assert (out[0, :END] > -torch.inf).sum() == 2
 
 
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_the_best_candidates_are_what_they_are_when_all_are_scored(best):
+    """Those of several classes whose bound is too low for them are not scored."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        log_probs, scores = (3 * torch.randn(1, 5, 4)).double().log_softmax(-1), torch.randn(1, 7).log_softmax(-1).double()
+        full, some = scorer(log_probs, torch.tensor([5])), scorer(log_probs, torch.tensor([5]))
+        some.best = best
+        start = torch.zeros(1, 0, dtype=torch.long)
+        expected, got = full(start, scores)[:, :END].topk(best), some(start, scores)[:, :END].topk(best)
+        assert torch.equal(expected.indices, got.indices) and torch.allclose(expected.values, got.values)
+
+
 def test_where_too_few_tokens_are_allowed_none_that_the_ctc_cannot_spell_takes_their_place():
     """With most tokens forbidden by another processor, the best candidates once were ones without a spelling, and their
     score was that of the empty text."""

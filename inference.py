@@ -1,0 +1,85 @@
+"""A model made ready to decode with, as fast as it goes, and the same results: `prepare`, and the cache of a beam search.
+
+What is made here can be neither trained nor saved.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # torch's compiler uses it; it is no documented name
+ROOM = 32  # positions by which a beam search's cache grows
+
+
+def prepare(model: nn.Module) -> None:
+    """Merge LoRA into the weights beside it; on a CPU, have the weights in the order that its products want."""
+    model.requires_grad_(False)
+    replace(model, lambda module: hasattr(module, "lora_A"), merged)
+    if PACKS and next(model.parameters()).device.type == "cpu":
+        replace(model, lambda module: type(module) is nn.Linear, PackedLinear)
+
+
+def replace(model: nn.Module, chosen: Callable[[nn.Module], bool], made: Callable[[nn.Module], nn.Module]) -> None:
+    """Put made(module) in the place of each chosen module."""
+    for name, module in list(model.named_modules()):
+        if chosen(module):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, made(module))
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """peft's layer → the layer it adapts, with the adapter added to its weight: the same sum in one product, not three."""
+    module.merge()
+    return module.get_base_layer()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight oneDNN has put in its own order. Of nn.Linear's it makes that order anew at every call,
+    which for a few rows takes longer than the product."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in_features) → (…, out_features)."""
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, "none", [], "")
+
+
+class BeamLayer(DynamicLayer):
+    """Keys and values of a beam search. transformers' layer copies all of them twice a step, to append a position and to
+    follow the beams that change places; here a position is written into room that is there, and only what the beams wrote
+    themselves follows them: the prompt before it is the same for all beams of a clip."""
+
+    def __init__(self, prompt: DynamicLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(prompt.keys, prompt.values)
+        self.keys, self.values = prompt.keys, prompt.values  # (R, heads, positions, D)
+        self.prompt = self.keys.shape[-2]
+        self.room: list[Tensor] = [self.keys, self.values]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        held, new = self.keys.shape[-2], key_states.shape[-2]
+        for i, states in enumerate((key_states, value_states)):
+            if held + new > self.room[i].shape[-2]:
+                R, heads, _, D = states.shape
+                self.room[i] = torch.cat([self.room[i][..., :held, :], states.new_empty(R, heads, new + ROOM, D)], -2)
+            self.room[i][..., held : held + new, :] = states
+        self.keys, self.values = (part[..., : held + new, :] for part in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for part in (self.keys, self.values):
+            written = part[..., self.prompt :, :]
+            written.copy_(written.index_select(0, beam_idx.to(part.device)))
+
+
+def for_beams(cache: DynamicCache, beams: int) -> None:
+    """Each row of a cache becomes so many beams."""
+    cache.batch_repeat_interleave(beams)
+    cache.layers = [BeamLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
