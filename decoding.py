@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,9 +38,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def decode(transcriber: "Transcriber", clips: Sequence[np.ndarray]) -> list[Hypothesis | InputError]:
-    """Transcribe a batch; out of memory, its halves; a clip that does not fit alone yields an InputError in its place."""
+    """Transcribe a batch; a clip for which there is not enough memory yields an InputError in its place."""
+    hypotheses = partial(fitting, transcriber)
+    return guarded(transcriber, clips, hypotheses) if transcriber.args.guard == "on" else hypotheses(clips)
+
+
+def fitting(transcriber: "Transcriber", clips: Sequence[np.ndarray], **search: Any) -> list[Hypothesis | InputError]:
+    """The hypotheses of a batch, or out of memory of its halves."""
     try:
-        return guarded(transcriber, clips) if transcriber.args.guard == "on" else transcriber.hypotheses(clips)
+        return transcriber.hypotheses(clips, **search)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -47,7 +54,7 @@ def decode(transcriber: "Transcriber", clips: Sequence[np.ndarray]) -> list[Hypo
             return [InputError(f"out of memory on {len(clips[0]) / SAMPLE_RATE:.1f} s alone")]
     torch.cuda.empty_cache()
     half = len(clips) // 2
-    return decode(transcriber, clips[:half]) + decode(transcriber, clips[half:])
+    return fitting(transcriber, clips[:half], **search) + fitting(transcriber, clips[half:], **search)
 
 
 class ArrayPieces:

@@ -7,7 +7,7 @@
 The rules (`broken_rules`) need the clip and its text, and where the checkpoint has a CTC its greedy text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from whisper.audio import SAMPLE_RATE
 
 from normalize import normalizer
 from scoring import Score, hallucination, score
+from settings import InputError
 from transcript import Hypothesis, Transcript
 
 if TYPE_CHECKING:
@@ -76,23 +77,35 @@ def broken_rules(audio: np.ndarray, found: Hypothesis, bounded: bool = True) -> 
     return [rule for rule, broken in rules.items() if rule and broken]
 
 
-def guarded(transcriber: "Transcriber", clips: Sequence[np.ndarray]) -> list[Hypothesis]:
+def guarded(
+    transcriber: "Transcriber",
+    clips: Sequence[np.ndarray],
+    hypotheses: Callable[..., list[Hypothesis | InputError]] | None = None,
+) -> list[Hypothesis | InputError]:
     """As `transcriber.hypotheses(clips)`, with the suspicious texts replaced and `flags` and `unguarded` set.
+
+    `hypotheses` takes its place if given, and may have an InputError in the place of a text: at first it stays the result,
+    later what was found before is.
 
     Of a suspicious clip's decodings the first that breaks no rule is kept, else the one that breaks the fewest, and of
     those the shortest. Flags: the rules that the first one broke; then `decoded_again`, with `ctc_text` where the CTC's own
     text was kept and `doubtful` where what was kept breaks a rule too.
     """
     bounded = transcriber.args.max_new_tokens is None
-    found = [[hypothesis] for hypothesis in transcriber.hypotheses(clips)]
-    broken = [[broken_rules(clip, first, bounded)] for clip, (first,) in zip(clips, found, strict=True)]
+    hypotheses = hypotheses or transcriber.hypotheses
+    found = [[hypothesis] for hypothesis in hypotheses(clips)]
+    broken = [
+        [[] if isinstance(first, InputError) else broken_rules(clip, first, bounded)]
+        for clip, (first,) in zip(clips, found, strict=True)
+    ]
     for search in _more_cautious(transcriber):
         again = [i for i, rules in enumerate(broken) if rules[-1] and rules[0] != ["no_speech"]]
         if not again:
             break
-        for i, hypothesis in zip(again, transcriber.hypotheses([clips[i] for i in again], **search), strict=True):
-            found[i].append(hypothesis)
-            broken[i].append(broken_rules(clips[i], hypothesis, bounded))
+        for i, hypothesis in zip(again, hypotheses([clips[i] for i in again], **search), strict=True):
+            if not isinstance(hypothesis, InputError):
+                found[i].append(hypothesis)
+                broken[i].append(broken_rules(clips[i], hypothesis, bounded))
     return [_kept(*both) for both in zip(found, broken, strict=True)]
 
 

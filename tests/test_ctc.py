@@ -93,7 +93,8 @@ def test_the_best_candidates_are_what_they_are_when_all_are_scored(best):
         some.best = best
         start = torch.zeros(1, 0, dtype=torch.long)
         expected, got = full(start, scores)[:, :END].topk(best), some(start, scores)[:, :END].topk(best)
-        assert torch.equal(expected.indices, got.indices) and torch.allclose(expected.values, got.values)
+        assert torch.equal(expected.indices, got.indices)
+        assert torch.allclose(expected.values, got.values)
 
 
 def test_where_too_few_tokens_are_allowed_none_that_the_ctc_cannot_spell_takes_their_place():

@@ -13,7 +13,7 @@ from audio import load_audio
 from decoding import decode
 from guard import broken_rules, disagree, guarded, steady, with_and_without
 from manifest import read_manifest
-from settings import ModelArguments
+from settings import InputError, ModelArguments
 from transcriber import DecodeArguments, Transcriber, use_shipped
 from transcript import Hypothesis, joined
 
@@ -167,6 +167,37 @@ def test_the_ctc_decoder_has_nothing_more_cautious():
 def test_a_limit_that_the_user_set_is_no_suspicion():
     transcriber = Scripted([heard("please ho", ended=False)], decoder="llm", max_new_tokens=2)
     assert guarded(transcriber, [SPEECH])[0].flags == []
+
+
+def test_out_of_memory_when_decoding_again_keeps_what_was_found():
+    """The more cautious search has more beams: for a clip it did not fit, and its first text was lost."""
+    suspicious, fine = heard("please " * 9), heard("please hold")
+    transcriber = Scripted([suspicious, fine, suspicious], decoder="joint")
+
+    def hypotheses(clips, **search):
+        if not search:
+            return transcriber.hypotheses(clips)
+        if search.get("decoder") == "ctc":
+            return [heard("please hold", ended=None)]
+        if len(clips) > 1:
+            raise MemoryError
+        calls.append(len(clips))
+        if len(calls) == 1:
+            raise MemoryError
+        return [heard("please hold")]
+
+    calls: list[int] = []
+    found = decode(SimpleNamespace(**vars(transcriber) | {"hypotheses": hypotheses}), [SPEECH] * 3)
+    assert [one.text for one in found] == ["please hold"] * 3
+    assert "ctc_text" in found[0].flags
+    assert "ctc_text" not in found[2].flags
+
+
+def test_a_clip_that_never_fits_stays_an_error():
+    transcriber = Scripted([InputError("out of memory"), heard("please hold")], decoder="joint")
+    error, kept = guarded(transcriber, [SPEECH] * 2)
+    assert str(error) == "out of memory"
+    assert kept.text == "please hold"
 
 
 @pytest.mark.parametrize("guard", ["on", "off"])

@@ -57,7 +57,8 @@ def test_where_torch_has_no_packed_product_weights_stay_as_they_are(monkeypatch)
     monkeypatch.setattr(inference, "PACKS", False)
     model = nn.Sequential(nn.Linear(2, 3))
     inference.prepare(model)
-    assert type(model[0]) is nn.Linear and not model[0].weight.requires_grad
+    assert type(model[0]) is nn.Linear
+    assert not model[0].weight.requires_grad
 
 
 def test_a_beam_searchs_cache_holds_what_transformers_own_does():
@@ -99,7 +100,8 @@ def test_the_prompts_beginning_is_read_once_for_all_batches(tiny):
     first = transcriber.transcribe(CLIPS)
     before = (1, system.prompt.ids.index(-200))
     assert read[0] == before
-    assert transcriber.transcribe(CLIPS) == first and transcriber.transcribe(CLIPS[:1]) == first[:1]
+    assert transcriber.transcribe(CLIPS) == first
+    assert transcriber.transcribe(CLIPS[:1]) == first[:1]
     assert read.count(before) == 1
 
 
@@ -113,7 +115,8 @@ def test_on_a_cpu_a_clip_is_heard_alone(tiny):
     log_probs, length = model.hear(together, torch.tensor([mel.shape[1] for mel in mels]))
     for row, n, mel in zip(log_probs, length, mels, strict=True):
         alone, own = model.hear(mel[None], torch.tensor([mel.shape[1]]))
-        assert own == n and torch.equal(row[:n], alone[0])
+        assert own == n
+        assert torch.equal(row[:n], alone[0])
 
 
 def test_a_batch_holds_clips_of_like_length():
