@@ -38,7 +38,7 @@ from progress import AGAIN, Progress, at_work, identity, processes
 from results import Outcome, Summary, write
 from results import check as check_results
 from settings import InputError, ModelArguments, one_line_errors, parse, weights_file
-from sources import find, shares, transcriptions
+from sources import find, has_transcriptions, shares, transcriptions
 from transcriber import DecodeArguments, Transcriber, use_shipped
 
 NO_MATTER = ("data_path", "result_path", "batch_size", "batch_seconds", "device")  # to an outcome
@@ -59,6 +59,8 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
     for path in paths:
         if any(os.path.exists(name) and path.exists() and path.samefile(name) for name in names):
             raise InputError(f"--result_path {path} is what is to be recognized: it would be overwritten")
+        if any(has_transcriptions(n) and Path(n, "transcriptions").resolve() in path.resolve().parents for n in names):
+            raise InputError(f"--result_path {path} lies among the transcriptions: they would be overwritten")
     if processes()[1] > 1 and not paths:
         raise InputError("several processes need a --result_path")
     if not model_args.start():

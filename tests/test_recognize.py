@@ -352,6 +352,17 @@ def test_another_run_does_not_continue_from_a_foreign_partial_file(tiny, trained
     assert "stale" not in (tmp_path / "r.txt").read_text()
 
 
+@pytest.mark.parametrize("name", ["{key}.txt", "book/1.txt"])
+def test_a_result_never_lies_among_the_transcriptions(tiny, trained, tmp_path, name):
+    """`--result_path corpus/transcriptions/{key}.txt` put what was heard in the place of what was said."""
+    for part, ending in (("audio", ".wav"), ("transcriptions", ".txt")):
+        (tmp_path / part / "book").mkdir(parents=True)
+        (tmp_path / part / "book" / f"1{ending}").write_bytes(b"what was said")
+    with pytest.raises(InputError, match="lies among the transcriptions: they would be overwritten"):
+        recognize.run(*options(trained, tmp_path, tmp_path / "transcriptions" / name))
+    assert (tmp_path / "transcriptions" / "book" / "1.txt").read_text() == "what was said"
+
+
 def test_a_result_never_takes_the_place_of_its_manifest(tiny, trained, tmp_path, monkeypatch):
     """`--data_path test.jsonl --result_path test.jsonl` put the result there, references lost."""
     manifest = tmp_path / "m.jsonl"
