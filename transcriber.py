@@ -31,9 +31,10 @@ from dataset import SpeechCollator
 from decoding import ArrayPieces, recognize
 from longform import DETECTORS, Pieces
 from manifest import Record
-from model import LogLikelihood, Sample, SpeechLLM, build_model
+from model import SpeechLLM, build_model
 from progress import processes
 from prompt import Prompt, answer_ids, load_tokenizer
+from search import LogLikelihood, Sample
 from settings import InputError, ModelArguments, first_line, resolve_settings
 from transcript import Hypothesis, Transcript, timed_words
 

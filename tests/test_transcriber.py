@@ -19,7 +19,7 @@ from audio import load_audio, log_mel, samples_of, speech_vectors, vector_second
 from ctc import forced_alignment, greedy_path, log_likelihood
 from dataset import SpeechCollator
 from manifest import read_manifest
-from model import Sample
+from search import Sample
 from settings import IGNORE_INDEX, InputError
 from transcriber import DecodeArguments, Transcriber
 from transcript import Hypothesis, Segment, Word, joined, timed_words

@@ -18,7 +18,7 @@ import train
 import watch
 from dataset import SpeechDataset
 from manifest import read_manifest
-from model import LogLikelihood
+from search import LogLikelihood
 from settings import InputError
 from transcriber import DecodeArguments, Transcriber
 from transcript import Hypothesis
