@@ -432,6 +432,15 @@ def made(manifest: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def same_flags(file: Path, flags: dict) -> None:
+    """A folder that was begun with other flags is not continued."""
+    begun = json.loads(file.read_text()) if file.exists() else flags
+    if begun != flags:
+        given = " ".join(f"--{name} {value}" for name, value in begun.items())
+        raise SystemExit(f"error: {file.parent} was begun with {given}: give these, or another --out")
+    file.write_text(json.dumps(flags))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=20.0, help="of training speech")
@@ -455,6 +464,7 @@ def main() -> None:
         raise SystemExit(f"error: {what} is missing: apt-get install flite espeak-ng wordnet-base")
     speech = Speech(args.seed, args.voices, args.definitions, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
+    same_flags(args.out / "flags.json", {name: getattr(args, name) for name in ("seed", "voices", "definitions")})
     with ProcessPoolExecutor(args.workers) as pool:
         for part, enough in (("dev", DEV_CLIPS), ("train", args.hours * 3600)):
             manifest = args.out / f"{part}.jsonl"

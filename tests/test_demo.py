@@ -228,6 +228,15 @@ def test_degraded_speech_keeps_its_length_and_never_clips(seed):
     assert np.abs(worse).max() <= 0.9
 
 
+def test_a_folder_of_speech_begun_with_other_flags_is_not_continued(tmp_path):
+    """It went on without a word, half of it of another seed or voice."""
+    file, flags = tmp_path / "flags.json", {"seed": 1, "voices": "rules"}
+    make_speech.same_flags(file, flags)
+    make_speech.same_flags(file, flags)
+    with pytest.raises(SystemExit, match="was begun with --seed 1 --voices rules: give these, or another --out"):
+        make_speech.same_flags(file, flags | {"seed": 2})
+
+
 def test_a_lone_letter_is_named_not_read_as_the_article():
     assert make_speech.speakable("b a c") == "b ay c"
     assert make_speech.speakable("such a day") == "such a day"
