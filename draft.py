@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
+from inference import whole
 
 LOOKAHEAD = 16  # tokens of a draft that one pass verifies, at most: logits of a whole transcript might not fit
 ON_A_CPU = 32  # of all drafts together: there a token takes its time, also one that is rejected
@@ -63,8 +63,7 @@ def applies(cache: DynamicCache, options: dict[str, Any]) -> bool:
     """Whether this is a greedy search, with transformers' `options`, of an LLM whose cache may have gaps: where a layer sees
     a window of positions, or sums them up, it may not. Under ZeRO-3 all processes need equally many passes."""
     greedy = options.get("num_beams", 1) == 1 and not options.get("do_sample") and not options.keys() - KNOWN
-    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
-    return greedy and whole and not is_deepspeed_zero3_enabled()
+    return greedy and whole(cache) and not is_deepspeed_zero3_enabled()
 
 
 def verify(

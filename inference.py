@@ -1,6 +1,6 @@
 """A model made ready to decode with, as fast as it goes, and the same results: `prepare`, and the cache of a beam search.
 
-What is made here can be neither trained nor saved.
+A model that was prepared can be neither trained nor saved, copied or moved.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,14 @@ def prepare(model: nn.Module) -> None:
     model.requires_grad_(False)
     replace(model, lambda module: hasattr(module, "lora_A"), merged)
     if PACKS and next(model.parameters()).device.type == "cpu":
-        replace(model, lambda module: type(module) is nn.Linear, PackedLinear)
+        replace(model, lambda module: type(module) is nn.Linear, packed)
 
 
 def replace(model: nn.Module, chosen: Callable[[nn.Module], bool], made: Callable[[nn.Module], nn.Module]) -> None:
-    """Put made(module) in the place of each chosen module."""
-    for name, module in list(model.named_modules()):
-        if chosen(module):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, made(module))
+    """Put made(module) in the place of each chosen module: one after the other, so that only one is held twice."""
+    for name in [name for name, module in model.named_modules() if chosen(module)]:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, made(model.get_submodule(name)))
 
 
 def merged(module: nn.Module) -> nn.Module:
@@ -36,15 +35,25 @@ def merged(module: nn.Module) -> nn.Module:
     return module.get_base_layer()
 
 
+def packed(linear: nn.Linear) -> nn.Module:
+    """The layer as a PackedLinear, or as it is where the processor cannot compute with its precision so."""
+    try:
+        made = PackedLinear(linear)
+        made(linear.weight.new_zeros(1, linear.in_features))
+        return made
+    except RuntimeError:
+        return linear
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight oneDNN has put in its own order. Of nn.Linear's it makes that order anew at every call,
     which for a few rows takes longer than the product."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) → (…, out_features)."""
@@ -79,7 +88,15 @@ class BeamLayer(DynamicLayer):
             written.copy_(written.index_select(0, beam_idx.to(part.device)))
 
 
-def for_beams(cache: DynamicCache, beams: int) -> None:
-    """Each row of a cache becomes so many beams."""
-    cache.batch_repeat_interleave(beams)
-    cache.layers = [BeamLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+def whole(cache: DynamicCache) -> bool:
+    """Whether an LLM's cache keeps every position: where a layer sees a window of them, or sums them up, no padding may
+    stand between them."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def for_beams(cache: DynamicCache, rows: int, beams: int) -> None:
+    """Each of so many rows of a cache, in which its prompt is, becomes so many beams."""
+    cache.reorder_cache(torch.arange(rows).repeat_interleave(beams))
+    cache.layers = [
+        BeamLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
+    ]

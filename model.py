@@ -147,7 +147,8 @@ class SpeechLLM(nn.Module):
         self.settings = settings
         self.aligning = False  # train by CTC alone, without the LLM
         self.ctc_weight = 0.0  # of the CTC beside the LLM's cross-entropy
-        self.share_prompt = not torch.accelerator.is_available()  # a GPU's cost is launches: not measured there
+        # while training; a GPU's cost is launches: not measured there
+        self.share_prompt = not torch.accelerator.is_available()
         self.prepared = False  # to decode: its weights no longer change
         self.begun: tuple[Tensor, DynamicCache] | None = None
         self.train(False)
@@ -276,23 +277,23 @@ class SpeechLLM(nn.Module):
         return {"loss": total / items + loss, "logits": logits}
 
     def _shared(self, input_ids: Tensor, attention_mask: Tensor) -> int:
-        """With how many tokens every row begins (the prompt before the speech), where it pays to read them once for all."""
+        """With how many tokens every row begins (the prompt before the speech), where it pays to read them once for all:
+        a model prepared to decode reads them once for all batches."""
         sharded = hasattr(next(self.llm.parameters()), "ds_id")  # ranks gather equally often, whatever their batches
-        once = self.share_prompt and len(input_ids) > 1 and not self.llm.is_activation_checkpointing
-        if sharded or not (once or self.prepared):
+        pays = self.share_prompt and len(input_ids) > 1 and not self.llm.is_activation_checkpointing
+        if sharded or not (pays or self.prepared) or not inference.whole(DynamicCache(config=self.llm.config)):
             return 0
         alike = (input_ids == input_ids[0]) & (input_ids != SPEECH_INDEX) & attention_mask.bool()  # (B, T)
         return int(alike.all(0).cumprod(0).sum())
 
     def _beginning(self, ids: Tensor, embeds: Tensor) -> DynamicCache:
         """A cache that has read ids (shared,), embeds (1, shared, D). Weights that no longer change read them only once."""
-        if self.begun is None or not torch.equal(self.begun[0], ids):
-            cache = DynamicCache(config=self.llm.config)
-            self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
-            if not self.prepared:
-                return cache
-            self.begun = ids, cache
-        return copy.deepcopy(self.begun[1])
+        begun = self.begun  # other threads may replace it
+        if begun is None or not torch.equal(begun[0], ids):
+            begun = ids, DynamicCache(config=self.llm.config)
+            self.llm.base_model(inputs_embeds=embeds, cache=begun[1], use_cache=True)
+            self.begun = begun if self.prepared else None
+        return copy.deepcopy(begun[1])
 
     def _think(self, embeds: Tensor, mask: Tensor, shared: int) -> Tensor:
         """The LLM's last hidden states (B, T - shared, D). The first `shared` positions, alike in every row, are read once:
@@ -382,7 +383,7 @@ class SpeechLLM(nn.Module):
                 cache=cache,
                 use_cache=True,
             )
-            inference.for_beams(cache, beams)
+            inference.for_beams(cache, len(embeds), beams)
         if cache.get_seq_length():
             options["cache"] = cache
         return self.llm.generate(

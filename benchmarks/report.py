@@ -44,19 +44,19 @@ def parameters(model: torch.nn.Module) -> int:
 
 def hark(models: ModelArguments, args: argparse.Namespace, **options: object) -> System:
     """The checkpoint; clips of like lengths stand in a batch."""
-    transcriber = Transcriber.from_arguments(models, DecodeArguments(device="cpu", dtype=args.dtype, **options))
+    options = {"device": "cpu", "dtype": args.dtype, "batch_size": args.batch_size, "guard": "off"} | options
+    transcriber = Transcriber.from_arguments(models, DecodeArguments(**options))
 
     def transcribe(clips: list[np.ndarray]) -> list[str]:
-        order, texts = sorted(range(len(clips)), key=lambda i: len(clips[i])), [""] * len(clips)
-        for some in (order[first : first + args.batch_size] for first in range(0, len(order), args.batch_size)):
-            for i, text in zip(some, transcriber.transcribe([clips[i] for i in some]), strict=True):
-                texts[i] = text
-        return texts
+        return [found.text for found in transcriber(clips, SAMPLE_RATE)]
 
     llm, encoder = Path(models.llm_model_name_or_path), Path(models.whisper_model_name_or_path)
     files = [*llm.glob("*"), encoder, weights_file(models.checkpoint)]
     name = f"hark, {transcriber.decoder}" + (f", beam {options['num_beams']}" if "num_beams" in options else "")
-    unused = transcriber.decoder == "ctc" and parameters(transcriber.model.llm)
+    language_model = transcriber.model.llm
+    unused = parameters(language_model) if transcriber.decoder == "ctc" else 0
+    if not unused and language_model.config.tie_word_embeddings:  # packed, it is a copy of the embedding table
+        unused = language_model.get_output_embeddings().weight.numel()
     return System(name, transcribe, files, parameters(transcriber.model) - unused)
 
 

@@ -1,11 +1,13 @@
 """A model made ready to decode with is faster, and writes what it wrote before."""
 
+import platform
+import sys
+
 import pytest
 import torch
 from conftest import audio, build_system
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import inference
 from audio import log_mel
@@ -53,6 +55,25 @@ def test_packed_weights_give_the_same_products(dtype, bias, shape):
         torch.testing.assert_close(packed(wide[..., ::2]), packed(wide[..., ::2].contiguous()))
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="oneDNN elsewhere: not known")
+def test_weights_are_packed_and_counted(tiny):
+    """torch does not document the name of its packed product: without it all were silently slow."""
+    model = build_system(tiny.qwen2, tiny.whisper, splice="tokens").model
+    before = sum(p.numel() for p in model.parameters())
+    model.for_decoding()
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    tied = model.llm.get_output_embeddings().weight.numel()
+    assert sum(p.numel() for p in model.parameters()) == before + tied
+
+
+def test_precisions_that_a_processor_cannot_pack_stay_as_they_are(monkeypatch):
+    """Half of them raised `fp16 path needs the cpu support …` at the first clip."""
+    linear = nn.Linear(4, 4).half()
+    assert inference.packed(linear)(torch.ones(1, 4).half()).shape == (1, 4)
+    monkeypatch.setattr(inference, "PackedLinear", lambda _: (_ for _ in ()).throw(RuntimeError("cannot")))
+    assert inference.packed(linear) is linear
+
+
 def test_where_torch_has_no_packed_product_weights_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(inference, "PACKS", False)
     model = nn.Sequential(nn.Linear(2, 3))
@@ -69,7 +90,7 @@ def test_a_beam_searchs_cache_holds_what_transformers_own_does():
     for cache in (theirs, ours):
         cache.update(prompt, -prompt, 0)
     theirs.batch_repeat_interleave(3)
-    inference.for_beams(ours, 3)
+    inference.for_beams(ours, 2, 3)
     assert isinstance(ours.layers[0], inference.BeamLayer)
     for step in range(inference.ROOM + 3):
         new = torch.randn(6, 2, 1 + step % 2, 4)
@@ -82,14 +103,34 @@ def test_a_beam_searchs_cache_holds_what_transformers_own_does():
     assert torch.equal(theirs.layers[0].keys, ours.layers[0].keys)
 
 
-def test_layers_that_see_a_window_keep_transformers_own_cache():
-    class Window(DynamicLayer):
-        pass
+OTHER_CACHES = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
+}
 
-    cache = DynamicCache()
-    cache.layers = [Window()]
-    inference.for_beams(cache, 2)
-    assert type(cache.layers[0]) is Window
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("family", OTHER_CACHES)
+def test_llms_whose_caches_keep_no_positions_write_what_they_wrote(tiny, tmp_path, family, num_beams):
+    """Padding behind the prompt's beginning stood in Gemma's window, and LFM2's convolutions cannot be repeated."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.qwen2)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(family, **sizes, **OTHER_CACHES[family], pad_token_id=tokenizer.pad_token_id)
+    llm = AutoModelForCausalLM.from_config(config)
+    for name, p in llm.named_parameters():
+        if p.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            nn.init.normal_(p, std=0.3)
+    llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    system = build_system(tmp_path, tiny.whisper, splice="tokens")
+    args = DecodeArguments(device="cpu", decoder="llm", num_beams=num_beams)
+    system.model.share_prompt = False
+    plain = [(h.text, h.score) for h in Transcriber(system.model, system.prompt, args).hypotheses(CLIPS)]
+    prepared = Transcriber(system.model.for_decoding(), system.prompt, args).hypotheses(CLIPS)
+    assert [h.text for h in prepared] == [text for text, _ in plain]
+    assert [h.score for h in prepared] == pytest.approx([score for _, score in plain], abs=1e-2)
 
 
 def test_the_prompts_beginning_is_read_once_for_all_batches(tiny):
