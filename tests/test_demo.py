@@ -105,7 +105,7 @@ while [[ $# -gt 0 ]]; do
     --output_dir) mkdir -p "$2" && touch "$2/model.safetensors" ;;
     --result_path) touch "$2" ;;
     demo/fetch_models.py) mkdir -p demo/models/SmolLM2-135M-Instruct ;;
-    --out) mkdir -p "$2" && echo '{"wav": "a.wav"}' >"$2/train.jsonl" ;;
+    --out) mkdir -p "$2" && echo '{"wav": "a.wav"}' >"$2/train.jsonl" && touch "$2/model.safetensors" ;;
     --labels) echo '{"key": "activated", "wav": "a.wav"}' >"$2/kept.jsonl" ;;
     esac
     shift
@@ -132,7 +132,7 @@ def demo(tmp_path):
         log = tmp_path / "calls"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
-        named = [re.sub(r"(train|recognize)\.py.*--(output_dir|result_path) demo/exp/(\S*).*", r"\1 \3", x) for x in lines]
+        named = [re.sub(r"(train|recognize|average)\.py.*--(output_dir|result_path|out) demo/exp/(\S*).*", r"\1 \3", x) for x in lines]
         return done, [call for call in named if "score" not in call]
 
     return run
@@ -147,7 +147,7 @@ def test_the_demo_says_where_it_stopped_and_goes_on_from_there(demo):
     finished, calls = demo()
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"after +12.34 %", finished.stdout)
-    assert calls == ["train tuned", "recognize after.txt"]
+    assert calls == ["train tuned", "average tuned-mean", "recognize after.txt"]
 
 
 def test_the_demo_from_scratch_needs_no_checkpoint_and_keeps_some_prompts_to_itself(demo, tmp_path):
@@ -168,7 +168,7 @@ def test_the_demo_trains_on_labels_as_it_does_on_transcripts(demo, tmp_path):
     done, calls = demo("--pseudo-labels")
     assert done.returncode == 0, done.stderr
     assert [call.split(" --")[0] for call in calls] == [
-        *("label.py", "filter_labels.py", "train tuned-labels", "recognize after-labels.txt")
+        *("label.py", "filter_labels.py", "train tuned-labels", "average tuned-labels-mean", "recognize after-labels.txt")
     ]
     speech = (tmp_path / "demo" / "exp" / "speech.jsonl").read_text().splitlines()
     assert len(speech) == 471
