@@ -41,7 +41,7 @@ def test_half_the_size(two, tmp_path):
     assert {value.dtype for value in load_file(tmp_path / "mean/model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_what_cannot_be_averaged_is_said_in_one_line(two, tiny, tmp_path, capsys):
+def test_what_cannot_be_averaged_is_said_in_one_line(two, tiny, tmp_path):
     a, b = two
     build_system(tiny.qwen2, tiny.whisper).model.save_checkpoint(tmp_path / "frames")
     torn = tmp_path / "torn"
@@ -58,11 +58,8 @@ def test_what_cannot_be_averaged_is_said_in_one_line(two, tiny, tmp_path, capsys
         ([a, f"{torn}", "--out", "x"], f"error: {torn}/model.safetensors: not a readable safetensors file"),
         ([a, "nowhere", "--out", "x"], "error: nowhere is not a checkpoint: no such file or folder"),
     ]:
-        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             average.main(arguments)
-        assert stopped.value.code == 1
-        told = capsys.readouterr().err
-        assert told.startswith(message), told
-        assert told.count("\n") == 1
+        assert stopped.value.code.startswith(message)
+        assert "\n" not in stopped.value.code
     assert json.loads((tmp_path / "a/config.json").read_text())["llm_reads"] is False

@@ -132,7 +132,10 @@ def demo(tmp_path):
         log = tmp_path / "calls"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
-        named = [re.sub(r"(train|recognize|average)\.py.*--(output_dir|result_path|out) demo/exp/(\S*).*", r"\1 \3", x) for x in lines]
+        named = [
+            re.sub(r"(train|recognize|average)\.py.*--(output_dir|result_path|out) demo/exp/(\S*).*", r"\1 \3", x)
+            for x in lines
+        ]
         return done, [call for call in named if "score" not in call]
 
     return run
