@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from functools import partial
 
@@ -103,7 +104,8 @@ def test_a_process_that_dies_loses_only_what_it_had_not_done(corpus, tmp_path, r
 
     job = Job(arguments(corpus, result), tmp_path / "again", 3, script="recognize")
     assert sorted(job.wait()) == [0, 0, 1], job.output()  # the missing clip
-    assert f"continuing: {11 - lacking} of 12 are done" in job.output()
+    done = int(re.search(r"continuing: (\d+) of 12 are done", job.output())[1])
+    assert 11 - lacking <= done < 12  # the other processes may have gone on before the first one counts
     assert lines(result) == lines(tmp_path / "expected.txt")
     assert not list(tmp_path.glob("r.txt.*"))
 
