@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from settings import InputError, differences, first_line, one_line_errors, parse, read_settings, weights_file
+from settings import InputError, differences, one_line_errors, parse, read_settings, read_weights, weights_file
 
 
 @dataclass
@@ -37,26 +36,23 @@ def average(
         raise InputError(f"--weights: {len(weights)} for {len(checkpoints)} checkpoints")
     if not 0 < sum(weights) < float("inf"):
         raise InputError("--weights must be numbers with a sum above 0")
-    first, last = checkpoints[0], checkpoints[-1]
+    first = checkpoints[0]
     mean: dict[str, torch.Tensor] = {}
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
         differing = differences(read_settings(checkpoint), read_settings(first))
         if differing:
             raise InputError(f"{checkpoint} and {first} are of different systems: {'; '.join(differing)}")
-        file = weights_file(checkpoint)
-        if Path(out).resolve() == file.parent.resolve():
+        if Path(out).resolve() == weights_file(checkpoint).parent.resolve():
             raise InputError(f"--out {out} is one of the checkpoints: it would be overwritten")
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({first_line(error)})") from None
+        state = read_weights(checkpoint)
         shapes = {name: value.shape for name, value in state.items()}
         if mean and shapes != {name: value.shape for name, value in mean.items()}:
-            raise InputError(f"{file} has other tensors than {weights_file(first)}")
+            raise InputError(f"{weights_file(checkpoint)} has other tensors than {weights_file(first)}")
         for name, value in state.items():
             mean[name] = mean.get(name, 0) + weight / sum(weights) * value.float()
     Path(out).mkdir(parents=True, exist_ok=True)
-    shutil.copy(weights_file(last).with_name("config.json"), out)  # its LLM has read if any has
+    reads = next((checkpoint for checkpoint in checkpoints if read_settings(checkpoint).get("llm_reads")), first)
+    shutil.copy(weights_file(reads).with_name("config.json"), out)  # the LLM has learned to read, if any of them has
     partial = Path(out) / "model.safetensors.partial"
     save_file({name: value.to(dtype) for name, value in mean.items()}, partial, metadata={"format": "pt"})
     os.replace(partial, Path(out) / "model.safetensors")

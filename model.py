@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor
@@ -45,8 +45,8 @@ from settings import (
     InputError,
     cannot_load,
     differences,
-    first_line,
     read_settings,
+    read_weights,
     weights_file,
 )
 
@@ -440,10 +440,7 @@ class SpeechLLM(nn.Module):
             trained = f"{stored['encoder'].get('name')} and {stored['llm'].get('name')}"
             raise InputError(f"{path} does not fit these models: {'; '.join(differing)} (trained with {trained})")
         file = weights_file(path)
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({first_line(error)})") from None
+        state = read_weights(path)
         shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
         wrong = [f"{name} {theirs}, expected {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
         wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]

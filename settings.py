@@ -6,9 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPEECH_INDEX = -200  # the speech marker in input_ids: outside every vocabulary, so no table is resized
 IGNORE_INDEX = -100  # a label that is not supervised
@@ -154,6 +158,17 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
 def weights_file(path: str | Path) -> Path:
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
+
+
+def read_weights(path: str | Path) -> "dict[str, Tensor]":
+    """The tensors of a checkpoint by name; raises InputError."""
+    from safetensors.torch import load_file  # torch takes seconds, which prepare.py need not wait
+
+    file = weights_file(path)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a readable safetensors file ({first_line(error)})") from None
 
 
 def read_settings(path: str | Path) -> dict:
