@@ -206,6 +206,9 @@ class CTCPrefixScore(LogitsProcessor):
     label sequences that begin with a prefix. A token of the LLM is spelled in one or several of the CTC's. All frames at
     once: the recursion over frames is linear, so it is a cumulative log-sum-exp. Of a candidate only its probability is
     computed; the state that what follows needs, once the search has taken it.
+
+    A search compares beams of equally many tokens, which may have said unequally much: those that spell a word in pieces
+    have paid for less of it, and crowd out the whole word. So each of the CTC's classes in a text earns a `bonus`.
     """
 
     def __init__(
@@ -217,6 +220,7 @@ class CTCPrefixScore(LogitsProcessor):
         weight: float,
         candidates: int = 24,
         best: int | None = None,
+        bonus: float = 0.0,
     ) -> None:
         """log_probs (B, N, V + 1), length (B,); spelling (vocabulary, P): the CTC classes of each of the LLM's tokens,
         padded with −1; `ends`: the tokens that end a transcript. Of the candidates the search needs the `best`: others
@@ -235,6 +239,8 @@ class CTCPrefixScore(LogitsProcessor):
         self.first = spelling[:, 0].masked_fill(spelling[:, 0] < 0, classes - 1)  # (vocabulary,); V: never a candidate
         self.first[ends] = classes - 1
         self.ends, self.weight = ends, weight
+        self.bonus = bonus * (spelling >= 0).sum(1)  # (vocabulary,)
+        self.bonus[ends] = 0
         self.candidates = min(candidates, int((self.first < classes - 1).sum()))
         self.best = best or self.candidates
         # a state: last class, log P of ending at each time 0 … N in a token and in a blank, log P of all that begin so
@@ -270,9 +276,10 @@ class CTCPrefixScore(LogitsProcessor):
         return states
 
     def vote(self, clips: Tensor, states: Sequence[Tensor], scores: Tensor) -> Tensor:
-        """scores (R, vocabulary) with the CTC's added, −∞ for what is no candidate: of R prefixes, equally many for each of
-        `clips`, and their states."""
+        """scores (R, vocabulary) with the CTC's and the bonus added, −∞ for what is no candidate: of R prefixes, equally
+        many for each of `clips`, and their states."""
         last, token, blank, total = states
+        scores = scores + F.pad(self.bonus, (0, scores.shape[-1] - len(self.bonus))).to(scores.dtype)
         rows = clips.repeat_interleave(len(scores) // len(clips))  # (R,)
         first = self._next_class(clips, rows, last, token, blank)  # (R, V)
         padded = F.pad(self.first, (0, scores.shape[-1] - len(self.first)), value=first.shape[-1])  # an output layer may be

@@ -330,6 +330,7 @@ class SpeechLLM(nn.Module):
         mel_length: Tensor,
         max_new_tokens: Tensor,
         joint_weight: float = 0.0,
+        length_bonus: float = 0.0,
         spelling: Tensor | None = None,
         heard: tuple[Tensor, Tensor] | None = None,
         before: Sequence[LogitsProcessor] = (),
@@ -339,7 +340,8 @@ class SpeechLLM(nn.Module):
     ) -> Tensor:
         """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,).
 
-        With `joint_weight` the CTC votes with that weight; spelling (vocabulary, P) is each token in the CTC's classes.
+        With `joint_weight` the CTC votes with that weight, and each of its classes in a text adds `length_bonus` to its
+        score; spelling (vocabulary, P) is each token in these classes.
         `before` and `after` its vote the scores go through these processors. heard: what `hear` gave, if it was asked. With
         `drafts`, the ids of a guess for each row, a greedy search that nothing else shapes takes a few passes of the LLM
         (see draft.py) and its result is the same.
@@ -352,7 +354,7 @@ class SpeechLLM(nn.Module):
             if joint_weight:
                 ends = self.llm.generation_config.eos_token_id
                 best = None if after else (1 + len(ends)) * options.get("num_beams", 1)  # that generate's search looks at
-                vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best)
+                vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
                 processors.insert(len(before), vote)
         else:
             speech, length = self.listen(mel, mel_length)

@@ -54,7 +54,8 @@ class DecodeArguments:
         default="auto",
         metadata={"help": "ctc: no LLM runs; llm: it alone; joint: both vote. auto: as the checkpoint was trained."},
     )
-    joint_weight: float = field(default=0.8, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
+    joint_weight: float = field(default=0.6, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
+    length_bonus: float = field(default=1.2, metadata={"help": "In a joint search, for each of the CTC's tokens in a text."})
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     batch_size: int = field(default=32, metadata={"help": "At most so many clips are decoded together …"})
     batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
@@ -90,6 +91,8 @@ class DecodeArguments:
                 raise InputError(f"--{name} must be at least 1")
         if not 0 <= self.joint_weight < math.inf:
             raise InputError("--joint_weight must not be negative (0: the LLM alone)")
+        if not 0 <= self.length_bonus < math.inf:
+            raise InputError("--length_bonus must not be negative (0: off)")
         if self.nbest > self.num_beams:
             raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
         if not self.repetition_penalty > 0:
@@ -264,7 +267,7 @@ class Transcriber:
             default = 0.0 if decoder == "joint" else 1.0
             search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
         if decoder == "joint":
-            search |= {"joint_weight": args.joint_weight, "spelling": self.spelling}
+            search |= {"joint_weight": args.joint_weight, "length_bonus": args.length_bonus, "spelling": self.spelling}
         likelihood = LogLikelihood(len(clips), ends)
         before: list[LogitsProcessor] = [likelihood]
         # generate's own flag overlooks as many tokens of a text as its clip's prompt has padding on the left

@@ -1,11 +1,12 @@
 """WER of the shipped checkpoint by decoder, beam and set, and that of Whisper tiny.en itself on the same clips.
 
     apt-get install pocketsphinx-testdata          # the LibriVox clips; left out where they are not there
-    python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2]
+    python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2] [--length_bonus 0]
     python benchmarks/decoders.py --beams 1 3 5 8 10 --without_whisper                        # the table of beams
     python benchmarks/decoders.py --invariance --dtype bfloat16          # texts that the size of a batch changes
 
-Whisper's English normalizer. dev: every fourth of the demo's training prompts, on which --joint_weight is chosen.
+Whisper's English normalizer. dev: every fourth of the demo's training prompts, on which --joint_weight and
+--length_bonus were chosen.
 """
 
 import argparse
@@ -78,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", default=[str(ROOT / "demo" / "pretrained")])
     parser.add_argument("--joint_weight", type=float, nargs="*", default=[DecodeArguments.joint_weight])
+    parser.add_argument("--length_bonus", type=float, default=DecodeArguments.length_bonus)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="1 is greedy")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
@@ -105,6 +107,7 @@ def main() -> None:
     for checkpoint in args.checkpoint:
         models.checkpoint = checkpoint
         options = DecodeArguments(dtype=args.dtype, device=args.device, batch_size=args.batch_size, guard="off")
+        options.length_bonus = args.length_bonus
         loaded = Transcriber.from_arguments(models, options)
         for name, row in decoders(args.beams, args.joint_weight, args.decoders).items():
             name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"

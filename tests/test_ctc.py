@@ -42,9 +42,9 @@ SPELLED = [(0,), (1,), (2,), (0, 0), (1, 2), (2, 2, 1), ()]  # seven tokens of a
 END = 6
 
 
-def scorer(log_probs, length, weight=1.0):
+def scorer(log_probs, length, weight=1.0, bonus=0.0):
     table = torch.tensor([[*s, -1, -1, -1][:3] for s in SPELLED])
-    return CTCPrefixScore(log_probs, length, table, [END], weight, candidates=6)
+    return CTCPrefixScore(log_probs, length, table, [END], weight, candidates=6, bonus=bonus)
 
 
 def test_prefix_scores_are_those_of_enumeration():
@@ -83,13 +83,32 @@ def test_candidates_are_chosen_by_both():
     assert (out[0, :END] > -torch.inf).sum() == 2
 
 
+def test_a_whole_word_is_not_crowded_out_by_its_first_piece():
+    """The CTC hears classes 1 and 2, the LLM likes the token of both; but its first piece alone has paid for less: " volume"
+    fell out of the beam behind " vol", and what was left to write was "um"."""
+    log_probs = (8 * torch.nn.functional.one_hot(torch.tensor([[3, 1, 3, 2, 3]]), 4).double()).log_softmax(-1)
+    scores = torch.full((1, 7), -9.0)
+    scores[0, [1, 4]] = torch.tensor([-1.0, -1.5])  # " vol", " volume"; then "um" would cost 9
+    start, length = torch.zeros(1, 0, dtype=torch.long), torch.tensor([5])
+    assert scorer(log_probs, length)(start, scores).argmax() == 1
+    assert scorer(log_probs, length, bonus=1.0)(start, scores).argmax() == 4
+
+
+def test_the_bonus_is_for_each_class_and_none_is_for_the_end():
+    log_probs, length = random_log_probs(1, 5, 4), torch.tensor([5])
+    start, scores = torch.zeros(1, 0, dtype=torch.long), torch.randn(1, 7, dtype=torch.float64)
+    without, earned = (scorer(log_probs, length, bonus=bonus)(start, scores) for bonus in (0.0, 0.7))
+    assert torch.allclose(earned - without, 0.7 * torch.tensor([[float(len(s)) for s in SPELLED]]).double())
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.7])
 @pytest.mark.parametrize("best", [1, 2, 3])
-def test_the_best_candidates_are_what_they_are_when_all_are_scored(best):
+def test_the_best_candidates_are_what_they_are_when_all_are_scored(best, bonus):
     """Those of several classes whose bound is too low for them are not scored."""
     for seed in range(20):
         torch.manual_seed(seed)
         log_probs, scores = (3 * torch.randn(1, 5, 4)).double().log_softmax(-1), torch.randn(1, 7).log_softmax(-1).double()
-        full, some = scorer(log_probs, torch.tensor([5])), scorer(log_probs, torch.tensor([5]))
+        full, some = (scorer(log_probs, torch.tensor([5]), bonus=bonus) for _ in range(2))
         some.best = best
         start = torch.zeros(1, 0, dtype=torch.long)
         expected, got = full(start, scores)[:, :END].topk(best), some(start, scores)[:, :END].topk(best)
@@ -477,9 +496,9 @@ def transcriber(tokens, **options):
     return Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", **options))
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams):
-    """Of whole hypotheses: the LLM's by a forward pass, the CTC's by torch's own CTC loss."""
+@pytest.mark.parametrize(("num_beams", "bonus"), [(1, 0.0), (3, 0.0), (3, 0.4)])
+def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams, bonus):
+    """Of whole hypotheses: the LLM's by a forward pass, the CTC's by torch's own CTC loss; and the bonus of its tokens."""
     weight, clips = 0.7, [audio(1.7, 1), audio(0.8, 2)]
     with torch.no_grad():
         tokens.model.ctc.blank_bias.fill_(9.0)  # few tokens: else the bound ends every hypothesis
@@ -487,6 +506,7 @@ def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams)
     batch = batch_of(tokens, clips, ["", ""])
     ids = torch.tensor([tokens.prompt.ids] * 2)
     options = {"joint_weight": weight, "spelling": joint.spelling, "num_beams": 3, "length_penalty": 0.0}
+    options |= {"length_bonus": bonus}
     options |= {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     out = tokens.model.generate(
         ids, torch.ones_like(ids), batch["mel"], batch["mel_length"], torch.tensor([12, 9]), **options
@@ -509,7 +529,8 @@ def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams)
         llm = -cross_entropy(logits, torch.tensor(supervised), reduction="sum")
         forced = len(answer) == [12, 9][row]  # the bound ends it: that end is given, not scored
         if not forced:
-            assert out.sequences_scores[row].item() == pytest.approx((llm + weight * ctc).item(), rel=1e-4)
+            expected = llm + weight * ctc + bonus * len(spelled[0])
+            assert out.sequences_scores[row].item() == pytest.approx(expected.item(), rel=1e-4)
             compared += 1
     assert compared
     assert joint.transcribe(clips) == [joint.transcribe([clip])[0] for clip in clips]
