@@ -72,14 +72,17 @@ class Transcript:
 def joined(pieces: Sequence[tuple[float, float, Hypothesis]], duration: float, error: str = "") -> Transcript:
     """The (start, duration in seconds, hypothesis) of a recording's pieces as one transcript; scores are sums.
 
-    `words` lacks those of pieces that have none; None where no piece has any. `nbest` of several pieces: the combinations of
-    theirs with the highest sums.
+    `words` lacks those of pieces that have none; None where no piece has any. `nbest` of several pieces: the text, then the
+    combinations of theirs with the highest sums.
     """
     nbest: list[tuple[str, float]] = []
     for i, (_, _, piece) in enumerate(pieces):
         readings = piece.nbest or [(piece.text, piece.score)]
-        both = [(f"{a} {b}".strip(), score + more) for (a, score), (b, more) in product(nbest, readings)]
-        nbest = nlargest(max(len(nbest), len(readings)), both, key=lambda reading: reading[1]) if i else readings
+        if not i:
+            nbest = readings
+            continue
+        text, *others = ((f"{a} {b}".strip(), score + more) for (a, score), (b, more) in product(nbest, readings))
+        nbest = [text, *nlargest(max(len(nbest), len(readings)) - 1, others, key=lambda reading: reading[1])]
     words = [
         Word(word.text, start + word.start, start + word.end, word.confidence)
         for start, _, piece in pieces

@@ -346,6 +346,14 @@ def test_pieces_are_joined():
 # --- words
 
 
+def test_the_first_of_the_nbest_of_a_long_recording_is_its_text():
+    """A search with a bonus or a penalty may like best what has not the highest score."""
+    pieces = [Hypothesis(text, score=-2.0, nbest=[(text, -2.0), (text.upper(), -1.5)]) for text in "ab"]
+    found = joined([(0.0, 2.0, pieces[0]), (2.0, 2.0, pieces[1])], 4.0)
+    assert found.nbest == [("a b", -4.0), ("A B", -3.0)]
+    assert found.nbest[0] == (found.text, found.score)
+
+
 def test_words_of_a_recording_have_times_and_confidence(hears, prompts):
     """In order, within the clip, none before the last has ended; half a second of silence in front moves them by that."""
     found = hears(prompts, sampling_rate=RATE)
