@@ -16,8 +16,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,8 @@ import draft
 import inference
 from audio import speech_lengths
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path
-from encoder import SpeechEncoder, attend
+from encoder import SpeechEncoder
+from projector import Conv1dProjector
 from search import ForceEndOfTurn, LogLikelihood
 from settings import (
     IGNORE_INDEX,
@@ -49,25 +49,7 @@ from settings import (
     read_weights,
     weights_file,
 )
-
-
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Parameters in full inside the context: DeepSpeed ZeRO-3 leaves placeholders on each process, others nothing to do."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded)
-
-
-def master_weight(p: nn.Parameter) -> Tensor:
-    """A trainable parameter in full, in the precision it is trained in (under DeepSpeed the optimizer's float32 copy)."""
-    if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(p)
-    return p.detach()
+from zero3 import gathered, master_weight
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -81,48 +63,6 @@ def fingerprint(model: nn.Module) -> str:
             values = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class Conv1dProjector(nn.Module):
-    """The published projector (WeSR, after SLAM-ASR), with an output norm of the size of the LLM's own embeddings.
-
-    It may begin with the encoder's last layers, trained: what Whisper's own decoder made of the encoder's output by
-    attention, a convolution alone cannot.
-    """
-
-    def __init__(
-        self, encoder_dim: int, llm_dim: int, stride: int = 5, kernel: int | None = None, hidden: int = 2048
-    ) -> None:
-        super().__init__()
-        self.stride, self.context = stride, (kernel or stride) - stride  # a wider kernel sees frames on both sides
-        self.layers, self.layer_norm = nn.ModuleList(), nn.Identity()
-        self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride + self.context, stride=stride)
-        self.linear1 = nn.Linear(encoder_dim, hidden)
-        self.linear2 = nn.Linear(hidden, llm_dim)
-        self.norm = nn.RMSNorm(llm_dim)
-        self.dropout = 0.0
-
-    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
-        """x (B, E, encoder_dim), of each row `frames` (B,) real → (B, E // stride, llm_dim)."""
-        inside = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # (B, E)
-        x = attend(self.layers, x.to(self.conv.weight.dtype), inside, self.layer_norm)
-        x = F.dropout(x * inside[..., None], self.dropout, self.training)  # a wide kernel would see noise past the end
-        x = F.pad(x, (0, 0, self.context // 2, self.context - self.context // 2))
-        windows = x.unfold(1, self.stride + self.context, self.stride).flatten(2)  # (B, N, d * kernel)
-        # as a product: oneDNN's bfloat16 convolution gave a NaN weight gradient once in some hundred steps
-        x = F.relu(F.linear(windows, self.conv.weight.flatten(1), self.conv.bias))  # (B, N, d)
-        x = F.relu(self.linear1(F.dropout(x, self.dropout, self.training)))  # (B, N, hidden)
-        x = self.linear2(F.dropout(x, self.dropout, self.training))  # (B, N, D)
-        return self.norm(x.to(self.norm.weight.dtype))
-
-    def calibrate(self, embedding: nn.Embedding) -> None:
-        """Start with outputs whose root mean square is that of the LLM's embedding table."""
-        with gathered([embedding.weight]), torch.no_grad():
-            self.norm.weight.fill_(embedding.weight.float().square().mean().sqrt())
-
-    def size(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        return f"{count / 1024**2:.2f} M"
 
 
 class SpeechLLM(nn.Module):

@@ -29,7 +29,7 @@ from batches import BatchingTrainer, NewEpoch, check_longest, padded_lengths
 from cache import EncoderCache
 from dataset import SpeechCollator, SpeechDataset
 from manifest import TextLines, read_manifest
-from model import SpeechLLM, build_model, gathered
+from model import SpeechLLM, build_model
 from preflight import preflight
 from prompt import Prompt, Spelling, load_tokenizer
 from resume import STOPPED, ResumableTrainer, checkpoint_to_resume, leave_together, only_training, told_if_full
@@ -83,7 +83,7 @@ class SpeechTrainer(BatchingTrainer, ResumableTrainer):
 def encode_once(dataset: SpeechDataset, model: SpeechLLM, cache_dir: str, args: TrainingArguments) -> None:
     """The frozen encoder's output of each clip, each process its share."""
     encoder, device = model.encoder.to(args.device), args.device
-    with gathered(model.encoder.parameters()), torch.no_grad():
+    with zero3.gathered(model.encoder.parameters()), torch.no_grad():
         encode = lambda mel, length: encoder(mel.to(device), length.to(device))  # noqa: E731
         cache = EncoderCache(cache_dir, dataset.settings, next(encoder.parameters()).dtype)
         cache.fill(dataset, encode, args.process_index, args.world_size)

@@ -1,11 +1,33 @@
 """What DeepSpeed must be told so that it trains and saves as one process without it does."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from settings import InputError
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Parameters in full inside the context: DeepSpeed ZeRO-3 leaves placeholders on each process, others nothing to do."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+def master_weight(p: nn.Parameter) -> Tensor:
+    """A trainable parameter in full, in the precision it is trained in (under DeepSpeed the optimizer's float32 copy)."""
+    if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(p)
+    return p.detach()
 
 
 def check(args: Any) -> None:
@@ -22,7 +44,7 @@ def save_only_trained(engine: Any) -> None:
     engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
 
 
-def part_late(optimizer: torch.optim.Optimizer, late: set[torch.nn.Parameter]) -> None:
+def part_late(optimizer: torch.optim.Optimizer, late: set[nn.Parameter]) -> None:
     """The parameters that an align phase leaves alone in groups of their own: DeepSpeed makes one tensor of a group."""
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if p in late]

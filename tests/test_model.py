@@ -11,7 +11,8 @@ from transformers import WhisperConfig, WhisperModel
 
 from audio import log_mel, speech_lengths
 from encoder import SpeechEncoder
-from model import Conv1dProjector, build_model
+from model import build_model
+from projector import Conv1dProjector
 from settings import IGNORE_INDEX, SPEECH_INDEX, InputError, ModelArguments, resolve_settings
 
 
