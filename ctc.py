@@ -208,7 +208,8 @@ class CTCPrefixScore(LogitsProcessor):
     computed; the state that what follows needs, once the search has taken it.
 
     A search compares beams of equally many tokens, which may have said unequally much: those that spell a word in pieces
-    have paid for less of it, and crowd out the whole word. So each of the CTC's classes in a text earns a `bonus`.
+    have paid for less of it, and crowd out the whole word. So each of the CTC's classes in a text earns a `bonus`; it makes
+    the bounds of long tokens looser, so that with it the best token is more often not among the candidates.
     """
 
     def __init__(

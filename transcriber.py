@@ -55,7 +55,10 @@ class DecodeArguments:
         metadata={"help": "ctc: no LLM runs; llm: it alone; joint: both vote. auto: as the checkpoint was trained."},
     )
     joint_weight: float = field(default=0.6, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
-    length_bonus: float = field(default=1.2, metadata={"help": "In a joint search, for each of the CTC's tokens in a text."})
+    length_bonus: float | None = field(
+        default=None,
+        metadata={"help": "In a joint search, for each of the CTC's tokens in a text; the checkpoint's, or 0."},
+    )
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     batch_size: int = field(default=32, metadata={"help": "At most so many clips are decoded together …"})
     batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
@@ -91,7 +94,7 @@ class DecodeArguments:
                 raise InputError(f"--{name} must be at least 1")
         if not 0 <= self.joint_weight < math.inf:
             raise InputError("--joint_weight must not be negative (0: the LLM alone)")
-        if not 0 <= self.length_bonus < math.inf:
+        if self.length_bonus is not None and not 0 <= self.length_bonus < math.inf:
             raise InputError("--length_bonus must not be negative (0: off)")
         if self.nbest > self.num_beams:
             raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
@@ -267,7 +270,9 @@ class Transcriber:
             default = 0.0 if decoder == "joint" else 1.0
             search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
         if decoder == "joint":
-            search |= {"joint_weight": args.joint_weight, "length_bonus": args.length_bonus, "spelling": self.spelling}
+            own = self.model.settings.get("length_bonus", 0.0)
+            bonus = own if args.length_bonus is None else args.length_bonus
+            search |= {"joint_weight": args.joint_weight, "length_bonus": bonus, "spelling": self.spelling}
         likelihood = LogLikelihood(len(clips), ends)
         before: list[LogitsProcessor] = [likelihood]
         # generate's own flag overlooks as many tokens of a text as its clip's prompt has padding on the left

@@ -346,6 +346,17 @@ def test_pieces_are_joined():
 # --- words
 
 
+def test_the_bonus_is_the_checkpoints_unless_given(tokens, monkeypatch):
+    """1.2 suits the checkpoint that comes along; it made five errors in eight clips that a new one had learned by heart."""
+    given, generate = [], tokens.model.generate
+    monkeypatch.setattr(tokens.model, "generate", lambda **o: given.append(o["length_bonus"]) or generate(**o))
+    for own in ({}, {"length_bonus": 0.4}):
+        monkeypatch.setattr(tokens.model, "settings", tokens.model.settings | own)
+        for flags in ({}, {"length_bonus": 0.7}, {"length_bonus": 0.0}):
+            transcriber(tokens, decoder="joint", num_beams=1, max_new_tokens=3, **flags).transcribe([audio(0.8)])
+    assert given == [0.0, 0.7, 0.0, 0.4, 0.7, 0.0]
+
+
 def test_the_first_of_the_nbest_of_a_long_recording_is_its_text():
     """A search with a bonus or a penalty may like best what has not the highest score."""
     pieces = [Hypothesis(text, score=-2.0, nbest=[(text, -2.0), (text.upper(), -1.5)]) for text in "ab"]
