@@ -4,7 +4,7 @@ Scores are natural logarithms of probabilities, summed over a text (`tokens` ter
 
     llm    log P_LLM(tokens, end of turn | speech), of the LLM itself, whatever penalties and limits shaped the search
     ctc    log P_CTC(tokens | speech), of all paths that say them
-    joint  the LLM's plus --joint_weight times the CTC's: what the search looks for
+    joint  the LLM's plus --joint_weight times the CTC's, without the bonus by which the search chose
 
 What the guard has decoded again (its flags say so) has the score of that search: joint with twice the weight, or ctc.
 
