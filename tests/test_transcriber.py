@@ -357,6 +357,14 @@ def test_the_bonus_is_the_checkpoints_unless_given(tokens, monkeypatch):
     assert given == [0.0, 0.7, 0.0, 0.4, 0.7, 0.0]
 
 
+def test_a_bonus_goes_along_when_a_checkpoint_is_trained_further(tiny, tmp_path):
+    model = build_system(tiny.qwen2, tiny.whisper, splice="tokens").model
+    model.settings["length_bonus"] = 1.2
+    model.save_checkpoint(tmp_path / "start")
+    build_system(tiny.qwen2, tiny.whisper, checkpoint=str(tmp_path / "start")).model.save_checkpoint(tmp_path / "end")
+    assert json.loads((tmp_path / "end/config.json").read_text())["length_bonus"] == 1.2
+
+
 def test_the_first_of_the_nbest_of_a_long_recording_is_its_text():
     """A search with a bonus or a penalty may like best what has not the highest score."""
     pieces = [Hypothesis(text, score=-2.0, nbest=[(text, -2.0), (text.upper(), -1.5)]) for text in "ab"]
