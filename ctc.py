@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor
 
 NEVER = -1e10  # a log-probability: finite, so that differences stay numbers
 
@@ -196,11 +195,11 @@ def borrow(
     return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows], device=soft.device)
 
 
-class CTCPrefixScore(LogitsProcessor):
+class CTCPrefixScore:
     """Adds `weight` · log P_CTC(next token | tokens so far) to the scores of a search, for its best `candidates`.
 
-    Those are chosen by both: a token cannot score better than the LLM's score and the CTC's of the token's first class,
-    which a product of matrices gives for all classes.
+    Those are chosen by both: a token cannot score better than the LLM's score, the CTC's of the token's first class, which
+    a product of matrices gives for all classes, and of each further class how often the clip has it in all.
 
     The CTC prefix probability of Watanabe et al. 2017 ("Hybrid CTC/Attention Architecture"): the probability of all
     label sequences that begin with a prefix. A token of the LLM is spelled in one or several of the CTC's. All frames at
@@ -208,8 +207,7 @@ class CTCPrefixScore(LogitsProcessor):
     computed; the state that what follows needs, once the search has taken it.
 
     A search compares beams of equally many tokens, which may have said unequally much: those that spell a word in pieces
-    have paid for less of it, and crowd out the whole word. So each of the CTC's classes in a text earns a `bonus`; it makes
-    the bounds of long tokens looser, so that with it the best token is more often not among the candidates.
+    have paid for less of it, and crowd out the whole word. So each of the CTC's classes in a text earns a `bonus`.
     """
 
     def __init__(
@@ -240,71 +238,82 @@ class CTCPrefixScore(LogitsProcessor):
         self.first = spelling[:, 0].masked_fill(spelling[:, 0] < 0, classes - 1)  # (vocabulary,); V: never a candidate
         self.first[ends] = classes - 1
         self.ends, self.weight = ends, weight
-        self.bonus = bonus * (spelling >= 0).sum(1)  # (vocabulary,)
-        self.bonus[ends] = 0
         self.candidates = min(candidates, int((self.first < classes - 1).sum()))
         self.best = best or self.candidates
+        bonus = bonus * (spelling >= 0).sum(1)  # (vocabulary,)
+        bonus[ends] = 0
+        heard = self.probs.sum(1).log().clamp(min=NEVER, max=0)  # (B, V): P of a class behind any others is at most this
+        token, i = (spelling[:, 1:] >= 0).nonzero(as_tuple=True)
+        self.bonus = bonus.float()
+        self.further = self.bonus.repeat(B, 1)  # (B, vocabulary): of all but the first class at most this
+        self.further.index_add_(1, token, (weight * heard[:, spelling[token, i + 1]]).float())
         # a state: last class, log P of ending at each time 0 … N in a token and in a blank, log P of all that begin so
         never = torch.full((B, N + 1), NEVER, dtype=torch.float64, device=length.device)
-        self.states = self.start = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
-        self.place: dict[tuple, int] = {}  # row and tokens so far → index into the states
+        self.start = (length.new_full((B,), -1), never, F.pad(self.blanks, (1, 0)), never.new_zeros(B))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids (R, t): the tokens so far; scores (R, vocabulary), R = B · beams."""
-        device, scores, input_ids = scores.device, scores.to(self.blanks.device), input_ids.to(self.blanks.device)
-        clips = torch.arange(len(self.log_probs), device=scores.device)
-        rows = clips.repeat_interleave(len(scores) // len(clips))  # (R,)
-        prefixes = [(b, *ids) for b, ids in zip(rows.tolist(), input_ids.tolist(), strict=True)]
-        if input_ids.shape[1]:
-            # a beam that has ended goes on with padding: any state will do, its score is not used
-            parents = torch.tensor([self.place.get(prefix[:-1], 0) for prefix in prefixes], device=scores.device)
-            self.states = self.extend(rows, [part[parents] for part in self.states], input_ids[:, -1])
-        else:
-            self.states = [part[rows] for part in self.start]
-        self.place = {prefix: i for i, prefix in enumerate(prefixes)}
-        return self.vote(clips, self.states, scores).to(device)
-
-    def extend(self, rows: Tensor, states: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
-        """The states of prefixes, R of the clips `rows` (R,), with one of the LLM's tokens (R,) behind each."""
-        states = [part.clone() for part in states]
+    def extend(self, clips: Tensor, states: Sequence[Tensor], tokens: Tensor, parents: Tensor | None = None) -> list[Tensor]:
+        """The states of R beams of the clips (R,): of the beams `parents` (R,) before, or as many, with one of the LLM's
+        tokens (R,) behind each."""
+        clips, tokens = clips.to(self.blanks.device), tokens.to(self.blanks.device)
+        states = [part.clone() if parents is None else part[parents.to(part.device)] for part in states]
         for pieces in self.spelling[tokens].T:  # (R,)
             at = (pieces >= 0).nonzero().squeeze(1)  # (A,) those that go on
             if not len(at):
                 break
-            longer = self._extend(rows[at], *(part[at] for part in states), pieces[at])
+            longer = self._extend(clips[at], *(part[at] for part in states), pieces[at])
             for part, new in zip(states, longer, strict=True):
                 part[at] = new
         return states
 
-    def vote(self, clips: Tensor, states: Sequence[Tensor], scores: Tensor) -> Tensor:
-        """scores (R, vocabulary) with the CTC's and the bonus added, −∞ for what is no candidate: of R prefixes, equally
-        many for each of `clips`, and their states."""
-        last, token, blank, total = states
-        scores = scores + F.pad(self.bonus, (0, scores.shape[-1] - len(self.bonus))).to(scores.dtype)
-        rows = clips.repeat_interleave(len(scores) // len(clips))  # (R,)
-        first = self._next_class(clips, rows, last, token, blank)  # (R, V)
-        padded = F.pad(self.first, (0, scores.shape[-1] - len(self.first)), value=first.shape[-1])  # an output layer may be
-        bound = F.pad(self.weight * (first - total[:, None]), (0, 1), value=-torch.inf).to(scores.dtype)  # (R, V + 1)
-        bounds, best = (scores + bound[:, padded]).topk(self.candidates)  # (R, K)
-        several = (self.spelling[best.clamp(max=len(self.spelling) - 1), 1:] >= 0).any(-1)  # of others the bound is exact
-        enough = bounds.masked_fill(several, -torch.inf).topk(min(self.best, self.candidates)).values[:, -1:]  # (R, 1)
-        bounds = bounds.masked_fill(several & (bounds < enough), -torch.inf)
-        gain = self._begin_with(rows, states, first, best, several & ~bounds.isneginf()) - total[:, None]  # (R, K)
-        ended = torch.logaddexp(token[:, -1], blank[:, -1]) - total  # (R,)
-        voted = torch.full_like(scores, -torch.inf)
-        both = scores.gather(1, best) + (self.weight * gain.clamp(min=NEVER)).to(scores.dtype)
-        voted.scatter_(1, best, both.masked_fill(bounds.isneginf(), -torch.inf))
-        voted[:, self.ends] = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)
-        return voted
+    def vote(
+        self,
+        clips: Tensor,
+        states: Sequence[Tensor],
+        scores: Tensor,
+        total: Tensor | None = None,
+        threshold: float = float("inf"),
+    ) -> Tensor:
+        """scores (R, vocabulary) with the CTC's and the bonus added, −∞ for what is no candidate: of R beams, those of a
+        clip side by side, their clips (R,) and states.
 
-    def _next_class(self, clips: Tensor, rows: Tensor, last: Tensor, token: Tensor, blank: Tensor) -> Tensor:
+        With the score of each beam, total (R,), what would be more than `threshold` below the best of its clip is none.
+        """
+        device, scores, clips = scores.device, scores.to(self.blanks.device), clips.to(self.blanks.device)
+        last, token, blank, before = states
+        first = self._next_class(clips, last, token, blank)  # (R, V)
+        extra = scores.shape[-1] - len(self.first)  # an output layer may be longer than the tokenizer
+        bound = F.pad(self.weight * (first - before[:, None]), (0, 1), value=-torch.inf).to(scores.dtype)  # (R, V + 1)
+        bound = bound[:, F.pad(self.first, (0, extra), value=first.shape[-1])]  # (R, vocabulary)
+        bounds, best = (scores + bound + F.pad(self.further, (0, extra))[clips]).topk(self.candidates)  # (R, K)
+        ended = torch.logaddexp(token[:, -1], blank[:, -1]) - before  # (R,)
+        ended = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)  # (R, ends)
+        several = (self.spelling[best.clamp(max=len(self.spelling) - 1), 1:] >= 0).any(-1)  # of others the bound is exact
+        exact = bounds.masked_fill(several, -torch.inf).topk(min(self.best, self.candidates)).values  # (R, best)
+        enough = exact[:, -1]
+        if total is not None:
+            total = total.to(scores)
+            leading = scores.new_full((len(self.blanks),), -torch.inf)  # (B,)
+            leading.scatter_reduce_(0, clips, total + torch.cat([exact[:, :1], ended], 1).amax(1), "amax")
+            enough = torch.maximum(enough, leading[clips] - threshold - total)
+        bounds = bounds.masked_fill(several & (bounds < enough[:, None]), -torch.inf)
+        gain = self._begin_with(clips, states, first, best, several & ~bounds.isneginf()) - before[:, None]  # (R, K)
+        both = scores.gather(1, best) + F.pad(self.bonus, (0, extra))[best] + (self.weight * gain).to(scores.dtype)
+        voted = torch.full_like(scores, -torch.inf)
+        voted.scatter_(1, best, both.masked_fill(bounds.isneginf(), -torch.inf))
+        voted[:, self.ends] = ended
+        return voted.to(device)
+
+    def _next_class(self, clips: Tensor, last: Tensor, token: Tensor, blank: Tensor) -> Tensor:
         """log P of all that begins with a prefix and a class, for R prefixes and every class but the blank: (R, V)."""
         before = torch.logaddexp(blank, token)[:, :-1]  # (R, N)
         loudest = before.amax(1, keepdim=True)
-        share = (before - loudest).exp().view(len(clips), -1, before.shape[1]) @ self.probs[clips]  # (C, R / C, V)
-        scores = share.flatten(0, 1).log().clamp(min=NEVER) + loudest
+        count = clips.bincount(minlength=len(self.probs))  # (B,)
+        place = torch.arange(len(clips), device=clips.device) - (count.cumsum(0) - count)[clips]  # (R,) among its clip's
+        share = before.new_zeros(len(count), int(count.max()), before.shape[1])  # (B, most, N)
+        share[clips, place] = (before - loudest).exp()
+        scores = (share @ self.probs)[clips, place].log().clamp(min=NEVER) + loudest  # (R, V)
         again = last.clamp(min=0)  # the last class anew: only after a blank
-        repeated = (blank[:, :-1] + self.log_probs[rows, again]).logsumexp(-1)
+        repeated = (blank[:, :-1] + self.log_probs[clips, again]).logsumexp(-1)
         at = (last >= 0).nonzero().squeeze(1)
         scores[at, again[at]] = repeated[at]
         return scores

@@ -8,10 +8,9 @@ the CTC's vote, would write token by token.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -19,24 +18,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
 from inference import whole
+from search import Found
 
 LOOKAHEAD = 16  # tokens of a draft that one pass verifies, at most: logits of a whole transcript might not fit
 ON_A_CPU = 32  # of all drafts together: there a token takes its time, also one that is rejected
 
-KNOWN = {"num_beams", "do_sample"}  # options that it honours
-
 
 class Written(NamedTuple):
-    ids: Tensor  # (B, T): with the end of turn, then padding
-    log_probs: list[Tensor]  # of each row (t, 1 + ends): the LLM's of each token that was written, and of each end there
+    texts: list[Found]  # of each row
     passes: int  # of the LLM
     accepted: list[int]  # of each row, how many tokens were the draft's
-
-    def steps(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """After 0, 1, … T − 1 tokens: those (B, t), the LLM's log P of them (B,), and of each end behind them (B, ends)."""
-        gains = pad_sequence(self.log_probs, batch_first=True)  # (B, T, 1 + ends)
-        totals = F.pad(gains[..., 0].cumsum(1), (1, 0))  # (B, T + 1)
-        return [(self.ids[:, :t], totals[:, t], gains[:, t, 1:]) for t in range(gains.shape[1])]
 
 
 class Draft:
@@ -59,11 +50,10 @@ def lookahead(rows: int, device: torch.device) -> int:
     return LOOKAHEAD if device.type != "cpu" else min(max(ON_A_CPU // rows, 2), LOOKAHEAD)
 
 
-def applies(cache: DynamicCache, options: dict[str, Any]) -> bool:
-    """Whether this is a greedy search, with transformers' `options`, of an LLM whose cache may have gaps: where a layer sees
-    a window of positions, or sums them up, it may not. Under ZeRO-3 all processes need equally many passes."""
-    greedy = options.get("num_beams", 1) == 1 and not options.get("do_sample") and not options.keys() - KNOWN
-    return greedy and whole(cache) and not is_deepspeed_zero3_enabled()
+def applies(cache: DynamicCache) -> bool:
+    """Whether this LLM's cache may have gaps: where a layer sees a window of positions, or sums them up, it may not. Under
+    ZeRO-3 all processes need equally many passes."""
+    return whole(cache) and not is_deepspeed_zero3_enabled()
 
 
 def verify(
@@ -85,7 +75,8 @@ def verify(
     ends = torch.tensor(config.eos_token_id, device=device)
     drafts = [Draft(ids) for ids in drafts]
     rows = torch.arange(len(embeds), device=device)  # (L,) that still write
-    texts, log_probs, accepted = ([[] for _ in drafts] for _ in range(3))
+    texts: list[list[int]] = [[] for _ in drafts]
+    log_probs, accepted = [0.0] * len(drafts), [0] * len(drafts)
     guesses = [draft.rest([])[: lookahead(len(drafts), device)] for draft in drafts]
     states = [part[rows] for part in vote.start] if vote else None
     pending, passes = embeds[:, cache.get_seq_length() :], 0
@@ -108,12 +99,11 @@ def verify(
         scores, passes = output.logits.float(), passes + 1  # (L, W + 1, vocabulary)
         if vote:
             along = [states]  # after each token of the guess
-            for token in guess.clamp(min=0).T.to(vote.blanks.device):
-                along.append(vote.extend(rows.to(token.device), along[-1], token))
-            along = [torch.stack(part, 1) for part in zip(*along, strict=True)]  # (L, W + 1, …)
-            flat = [part.flatten(0, 1) for part in along]
-            voted = vote.vote(rows.to(flat[0].device), flat, scores.flatten(0, 1).to(flat[0].device))
-            choice = voted.argmax(-1).view(len(rows), W + 1).to(device)
+            for token in guess.clamp(min=0).T:
+                along.append(vote.extend(rows, along[-1], token))
+            along = [torch.stack(part, 1).flatten(0, 1) for part in zip(*along, strict=True)]  # (L * (W + 1), …)
+            voted = vote.vote(rows.repeat_interleave(W + 1), along, scores.flatten(0, 1))
+            choice = voted.argmax(-1).view(len(rows), W + 1)
         else:
             choice = scores.argmax(-1)  # (L, W + 1)
         over = torch.arange(W + 1, device=device) >= torch.tensor(room, device=device)[:, None]
@@ -121,13 +111,12 @@ def verify(
         agreed = (choice[:, :-1] == guess).long().cumprod(1).sum(1)  # (L,)
         own = choice.gather(1, agreed[:, None])  # (L, 1): the LLM's token behind them
 
-        norm = scores.logsumexp(-1)[..., None]
-        scored = torch.cat([scores.gather(2, choice[..., None]), scores[..., ends]], 2) - norm  # (L, W + 1, 1 + ends)
         new = [line[: n + 1] for line, n in zip(choice.tolist(), agreed.tolist(), strict=True)]
-        for i, tokens, line in zip(rows.tolist(), new, scored, strict=True):
+        gains = (scores.gather(2, choice[..., None])[..., 0] - scores.logsumexp(-1)).tolist()  # (L, W + 1)
+        for i, tokens, gain, most in zip(rows.tolist(), new, gains, room, strict=True):
             texts[i] += tokens
-            log_probs[i].append(line[: len(tokens)])
-            accepted[i].append(len(tokens) - 1)
+            log_probs[i] += sum(gain[: min(len(tokens), most)])  # not of an end that the limit sets
+            accepted[i] += len(tokens) - 1
 
         mask[:, mask.shape[1] - W :] *= torch.arange(W, device=device) < agreed[:, None]
         unused = W - int(agreed.max())
@@ -136,9 +125,7 @@ def verify(
         mask = mask[:, : mask.shape[1] - unused]
         going = (~torch.isin(own[:, 0], ends)).nonzero().squeeze(1)  # (L',)
         if vote:
-            at = going.to(vote.blanks.device)
-            states = [part[at, agreed[going].to(at.device)] for part in along]
-            states = vote.extend(rows[going].to(at.device), states, own[going, 0].to(at.device))
+            states = vote.extend(rows[going], along, own[going, 0], going * (W + 1) + agreed[going])
         if len(going) < len(rows):
             cache.batch_select_indices(going)
         rows, mask = rows[going], torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
@@ -146,5 +133,8 @@ def verify(
         guesses = []
         for i, k in zip(rows.tolist(), going.tolist(), strict=True):  # a draft that was wrong is trusted less far
             guesses.append(drafts[i].rest(new[k])[: min(max(2 * len(new[k]), 4), lookahead(len(rows), device))])
-    ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True, config.pad_token_id)
-    return Written(ids, [torch.cat(parts) for parts in log_probs], passes, [sum(counts) for counts in accepted])
+    found = []
+    for text, most, log_prob in zip(texts, limits, log_probs, strict=True):
+        ended = len(text) <= most
+        found.append(Found(text if ended else text[:-1], ended, log_prob, log_prob))
+    return Written(found, passes, accepted)

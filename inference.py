@@ -1,4 +1,4 @@
-"""A model made ready to decode with, as fast as it goes, and the same results: `prepare`, and the cache of a beam search.
+"""A model made ready to decode with, as fast as it goes, and the same results: `prepare`, and the cache of a search.
 
 A model that was prepared can be neither trained nor saved, copied or moved.
 """
@@ -62,8 +62,8 @@ class PackedLinear(nn.Module):
 
 class BeamLayer(DynamicLayer):
     """Keys and values of a beam search. transformers' layer copies all of them twice a step, to append a position and to
-    follow the beams that change places; here a position is written into room that is there, and only what the beams wrote
-    themselves follows them: the prompt before it is the same for all beams of a clip."""
+    follow the beams that change places; here a position is written into room that is there, and where no beam comes or
+    goes only what the beams wrote themselves follows them: the prompt before it is the same for all beams of a clip."""
 
     def __init__(self, prompt: DynamicLayer) -> None:
         super().__init__()
@@ -82,10 +82,17 @@ class BeamLayer(DynamicLayer):
         self.keys, self.values = (part[..., : held + new, :] for part in self.room)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        for part in (self.keys, self.values):
-            written = part[..., self.prompt :, :]
-            written.copy_(written.index_select(0, beam_idx.to(part.device)))
+    def follow(self, parents: Tensor, same_prompts: bool) -> None:
+        """Row i becomes what row parents[i] was."""
+        parents = parents.to(self.keys.device)
+        if same_prompts:
+            for part in (self.keys, self.values):
+                written = part[..., self.prompt :, :]
+                written.copy_(written.index_select(0, parents))
+            return
+        held = self.keys.shape[-2]
+        self.room = [part.index_select(0, parents) for part in self.room]
+        self.keys, self.values = (part[..., :held, :] for part in self.room)
 
 
 def whole(cache: DynamicCache) -> bool:
@@ -94,9 +101,14 @@ def whole(cache: DynamicCache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def for_beams(cache: DynamicCache, rows: int, beams: int) -> None:
-    """Each of so many rows of a cache, in which its prompt is, becomes so many beams."""
-    cache.reorder_cache(torch.arange(rows).repeat_interleave(beams))
-    cache.layers = [
-        BeamLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
-    ]
+def follow(cache: DynamicCache, parents: Tensor, same_prompts: bool) -> None:
+    """The rows of a search's cache become those of its next beams: row i what row parents[i] was. same_prompts: whether
+    each row's prompt is what it was."""
+    cache.layers = [BeamLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if same_prompts and (parents.diff() == 1).all():  # every beam goes on alone
+        return
+    for layer in cache.layers:
+        if isinstance(layer, BeamLayer):
+            layer.follow(parents, same_prompts)
+        else:
+            layer.reorder_cache(parents)

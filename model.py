@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from whisper.audio import HOP_LENGTH
@@ -38,7 +38,7 @@ from audio import speech_lengths
 from ctc import CTCHead, CTCPrefixScore, borrow, ctc_loss, greedy_path
 from encoder import SpeechEncoder
 from projector import Conv1dProjector
-from search import ForceEndOfTurn, LogLikelihood
+from search import Found, beam_search
 from settings import (
     IGNORE_INDEX,
     SPEECH_INDEX,
@@ -273,29 +273,24 @@ class SpeechLLM(nn.Module):
         length_bonus: float = 0.0,
         spelling: Tensor | None = None,
         heard: tuple[Tensor, Tensor] | None = None,
-        before: Sequence[LogitsProcessor] = (),
-        after: Sequence[LogitsProcessor] = (),
         drafts: Sequence[Sequence[int]] | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """New token ids (B, at most max + 1), padded; `options` go to transformers' generate; max_new_tokens (B,).
+        **search: Any,
+    ) -> list[list[Found]]:
+        """Of each clip the texts that a search found, best first; max_new_tokens (B,); `search`: see beam_search.
 
         With `joint_weight` the CTC votes with that weight, and each of its classes in a text adds `length_bonus` to its
-        score; spelling (vocabulary, P) is each token in these classes.
-        `before` and `after` its vote the scores go through these processors. heard: what `hear` gave, if it was asked. With
+        score; spelling (vocabulary, P) is each token in these classes. heard: what `hear` gave, if it was asked. With
         `drafts`, the ids of a guess for each row, a greedy search that nothing else shapes takes a few passes of the LLM
         (see draft.py) and its result is the same.
         """
-        processors = [*before, *after, ForceEndOfTurn(max_new_tokens, self.llm.generation_config.pad_token_id)]
-        vote = None
+        beams, vote = search.get("num_beams", 1), None
         if self.ctc:
             log_probs, frames = heard or self.hear(mel, mel_length)
             speech, length = self.ctc.soft_tokens(log_probs, frames)
             if joint_weight:
                 ends = self.llm.generation_config.eos_token_id
-                best = None if after else (1 + len(ends)) * options.get("num_beams", 1)  # that generate's search looks at
+                best = None if search.get("sample") else beams + len(ends)  # that the search looks at
                 vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
-                processors.insert(len(before), vote)
         else:
             speech, length = self.listen(mel, mel_length)
         embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
@@ -308,33 +303,11 @@ class SpeechLLM(nn.Module):
             embeds[:, :shared] = embeds[padding.argmin(), :shared].clone()
             cache = self._beginning(input_ids[0, :shared], embeds[:1, :shared])
             cache.batch_repeat_interleave(len(embeds))
-        likelihoods = [p for p in before if isinstance(p, LogLikelihood)]
-        plain = len(likelihoods) == len(before) and not after
-        if drafts is not None and plain and draft.applies(cache, options):
+        plain = beams == 1 and not search.get("processors") and not search.get("sample")
+        if drafts is not None and plain and draft.applies(cache):
             written = draft.verify(self.llm, embeds, mask, cache, drafts, max_new_tokens.tolist(), vote)
-            for likelihood in likelihoods:
-                likelihood.steps = list(written.steps())
-            return written.ids
-        beams = options.get("num_beams", 1)
-        if beams > 1:  # else generate would run the prompt once for each of them
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            self.llm.base_model(
-                inputs_embeds=embeds[:, shared:-1],
-                attention_mask=mask[:, :-1],
-                position_ids=position[:, shared:-1],
-                cache=cache,
-                use_cache=True,
-            )
-            inference.for_beams(cache, len(embeds), beams)
-        if cache.get_seq_length():
-            options["cache"] = cache
-        return self.llm.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            max_new_tokens=int(max_new_tokens.max()) + 1,
-            logits_processor=processors,
-            **options,
-        )
+            return [[text] for text in written.texts]
+        return beam_search(self.llm, embeds, mask, cache, max_new_tokens, vote=vote, **search)
 
     def for_decoding(self) -> "SpeechLLM":
         """As fast as it goes (see inference.py), the projector in the encoder's precision."""

@@ -34,7 +34,7 @@ from manifest import Record
 from model import SpeechLLM, build_model
 from progress import processes
 from prompt import Prompt, answer_ids, load_tokenizer
-from search import LogLikelihood, Sample
+from search import Sample
 from settings import InputError, ModelArguments, first_line, resolve_settings
 from transcript import Hypothesis, Transcript, timed_words
 
@@ -60,6 +60,9 @@ class DecodeArguments:
         metadata={"help": "In a joint search, for each of the CTC's tokens in a text; the checkpoint's, or 0."},
     )
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
+    beam_threshold: float = field(
+        default=math.inf, metadata={"help": "A beam that scores so much less than its clip's best is given up."}
+    )
     batch_size: int = field(default=32, metadata={"help": "At most so many clips are decoded together …"})
     batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
     nbest: int = field(default=1, metadata={"help": "So many texts a clip with their scores; at most --num_beams."})
@@ -96,6 +99,8 @@ class DecodeArguments:
             raise InputError("--joint_weight must not be negative (0: the LLM alone)")
         if self.length_bonus is not None and not 0 <= self.length_bonus < math.inf:
             raise InputError("--length_bonus must not be negative (0: off)")
+        if not self.beam_threshold > 0:
+            raise InputError("--beam_threshold must be above 0 (inf: off)")
         if self.nbest > self.num_beams:
             raise InputError(f"--nbest {self.nbest} needs --num_beams {self.nbest} or more, not {self.num_beams}")
         if not self.repetition_penalty > 0:
@@ -258,40 +263,32 @@ class Transcriber:
         drafts: Any,
     ) -> list[list[Reading]]:
         """The LLM's readings of each clip, those that the search likes best first, with its log-probabilities."""
-        ends = self.model.llm.generation_config.eos_token_id
         seconds = torch.tensor([len(clip) / SAMPLE_RATE for clip in clips])
         allowed = (seconds * MAX_TOKENS_PER_SECOND).long() + SPARE_TOKENS  # (B,)
         if args.max_new_tokens is not None:
             allowed = torch.full_like(allowed, args.max_new_tokens)
-        search: dict[str, Any] = {"num_beams": args.num_beams, "do_sample": False}
-        several = args.num_beams if args.nbest > 1 else 1  # some are the same text in other tokens
-        search |= {"num_return_sequences": several} if several > 1 else {}
-        if args.num_beams > 1:  # greedy search would warn of it; the joint score is a sum: no average over its length
-            default = 0.0 if decoder == "joint" else 1.0
-            search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
+        search: dict[str, Any] = {"num_beams": args.num_beams, "threshold": args.beam_threshold}
+        default = 0.0 if decoder == "joint" else 1.0  # the joint score is a sum: no average over its length
+        search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
         if decoder == "joint":
             own = self.model.settings.get("length_bonus", 0.0)
             bonus = own if args.length_bonus is None else args.length_bonus
             search |= {"joint_weight": args.joint_weight, "length_bonus": bonus, "spelling": self.spelling}
-        likelihood = LogLikelihood(len(clips), ends)
-        before: list[LogitsProcessor] = [likelihood]
-        # generate's own flag overlooks as many tokens of a text as its clip's prompt has padding on the left
-        before += [RepetitionPenaltyLogitsProcessor(args.repetition_penalty)] if args.repetition_penalty != 1 else []
-        before += [NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)] if args.no_repeat_ngram_size else []
-        after = [Sample(args.temperature, [crc32(clip.tobytes()) for clip in clips])] if args.temperature else []
-        new = self.model.generate(
-            **batch, max_new_tokens=allowed.to(self.device), heard=heard, drafts=drafts, before=before, after=after, **search
-        )
-        readings: list[list[Reading]] = [[] for _ in clips]
-        for i, row in enumerate(new.tolist()):
-            clip = i // several
-            length = next((i for i, id in enumerate(row) if id in ends), len(row))
-            ended = length < allowed[clip].item()
-            score = likelihood.of(clip, row[:length], row[length] if ended else None)
-            reading = Reading(self._text(row), row[:length], ended, score)
-            if reading.text not in [other.text for other in readings[clip]]:
-                readings[clip].append(reading)
-        return [row[: args.nbest] for row in readings]
+        processors: list[LogitsProcessor] = []
+        processors += [RepetitionPenaltyLogitsProcessor(args.repetition_penalty)] if args.repetition_penalty != 1 else []
+        processors += [NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)] if args.no_repeat_ngram_size else []
+        sample = Sample(args.temperature, [crc32(clip.tobytes()) for clip in clips]) if args.temperature else None
+        search |= {"processors": processors, "sample": sample}
+        found = self.model.generate(**batch, max_new_tokens=allowed.to(self.device), heard=heard, drafts=drafts, **search)
+        readings: list[list[Reading]] = []
+        for texts in found:
+            several: dict[str, Reading] = {}  # some are the same text in other tokens
+            for one in texts:
+                text = self._text(one.ids)
+                ids = one.ids[:-1] if one.ended else one.ids
+                several.setdefault(text, Reading(text, ids, one.ended, one.log_prob))
+            readings.append([*several.values()][: args.nbest])
+        return readings
 
     def _text(self, ids: list[int]) -> str:
         ends = self.model.llm.generation_config.eos_token_id

@@ -41,6 +41,7 @@ import draft
 from audio import load_audio
 from manifest import read_manifest
 from score import normalizer, score
+from search import Found
 from settings import InputError, ModelArguments, one_line_errors
 from transcriber import DecodeArguments, Transcriber, use_shipped
 from transcript import Hypothesis
@@ -80,7 +81,7 @@ class Row:
         """(share of tokens accepted, passes of the LLM a batch), as text."""
         if not self.passes:
             return "–", "–"
-        written = sum(len(log_probs) for w in self.passes for log_probs in w.log_probs)
+        written = sum(len(text.ids) for w in self.passes for text in w.texts)
         accepted = sum(sum(w.accepted) for w in self.passes)
         return f"{100 * accepted / written:.0f} %", f"{statistics.mean(w.passes for w in self.passes):.1f}"
 
@@ -182,10 +183,10 @@ class Decoding:
                     row[torch.linspace(0, len(row) - 1, 2 * len(labels) + 1).long()[1::2]] = torch.tensor(labels).long()
                 return (log_probs + 50 * F.one_hot(path.to(log_probs.device), classes)).log_softmax(-1)
 
-            def with_drafts(**options: object) -> Tensor:
+            def with_drafts(**options: object) -> list[list[Found]]:
                 key = tuple(map(len, clips))
                 if options["drafts"] is not None and key not in known:  # the first time, which is not timed
-                    known[key] = [row[: self.args.new_tokens] for row in generate(**options | {"drafts": None}).tolist()]
+                    known[key] = [texts[0].ids for texts in generate(**options | {"drafts": None})]
                 return generate(**options | {"drafts": options["drafts"] and known[key]})
 
             handle = model.ctc.register_forward_hook(hear)

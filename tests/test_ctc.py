@@ -47,16 +47,21 @@ def scorer(log_probs, length, weight=1.0, bonus=0.0):
     return CTCPrefixScore(log_probs, length, table, [END], weight, candidates=6, bonus=bonus)
 
 
+def at_the_start(scorer, scores, **limits):
+    """Of one beam of each clip, with nothing written."""
+    return scorer.vote(torch.arange(len(scores)), scorer.start, scores, **limits)
+
+
 def test_prefix_scores_are_those_of_enumeration():
     """Also for a row shorter than the batch, for tokens of several classes, and for a class that repeats the last."""
     log_probs, length = random_log_probs(2, 5, 4), torch.tensor([5, 3])
-    score = scorer(log_probs, length)
-    prefixes = [(), ()]
+    score, clips = scorer(log_probs, length), torch.arange(2)
+    prefixes, states = [(), ()], score.start
     for step in ([], [3, 4], [2, 1]):
         if step:
             prefixes = [(*p, token) for p, token in zip(prefixes, step, strict=True)]
-        input_ids = torch.tensor([list(p) for p in prefixes], dtype=torch.long).view(2, -1)
-        out = score(input_ids, torch.zeros(2, 7, dtype=torch.float64))
+            states = score.extend(clips, states, torch.tensor(step))
+        out = score.vote(clips, states, torch.zeros(2, 7, dtype=torch.float64))
         for b in range(2):
             rows = log_probs[b, : length[b]]
             written = tuple(c for token in prefixes[b] for c in SPELLED[token])
@@ -69,7 +74,7 @@ def test_prefix_scores_are_those_of_enumeration():
 
 def test_prefix_scores_of_one_step_sum_to_one():
     """Each single-class token and the end: together they are everything that can follow."""
-    out = scorer(random_log_probs(1, 6, 4), torch.tensor([6]))(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 7))
+    out = at_the_start(scorer(random_log_probs(1, 6, 4), torch.tensor([6])), torch.zeros(1, 7))
     assert out[0, [0, 1, 2, END]].exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
@@ -78,7 +83,7 @@ def test_candidates_are_chosen_by_both():
     log_probs = (8 * torch.nn.functional.one_hot(torch.tensor([[3, 2, 2, 3, 1]]), 4).double()).log_softmax(-1)
     score = scorer(log_probs, torch.tensor([5]))
     score.candidates = 2
-    out = score(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, -0.5, -3.0, -0.2, -0.3, -0.1, -9.0]]))
+    out = at_the_start(score, torch.tensor([[0.0, -0.5, -3.0, -0.2, -0.3, -0.1, -9.0]]))
     assert out[0, 2] == out[0, :END].max()
     assert (out[0, :END] > -torch.inf).sum() == 2
 
@@ -89,15 +94,15 @@ def test_a_whole_word_is_not_crowded_out_by_its_first_piece():
     log_probs = (8 * torch.nn.functional.one_hot(torch.tensor([[3, 1, 3, 2, 3]]), 4).double()).log_softmax(-1)
     scores = torch.full((1, 7), -9.0)
     scores[0, [1, 4]] = torch.tensor([-1.0, -1.5])  # " vol", " volume"; then "um" would cost 9
-    start, length = torch.zeros(1, 0, dtype=torch.long), torch.tensor([5])
-    assert scorer(log_probs, length)(start, scores).argmax() == 1
-    assert scorer(log_probs, length, bonus=1.0)(start, scores).argmax() == 4
+    length = torch.tensor([5])
+    assert at_the_start(scorer(log_probs, length), scores).argmax() == 1
+    assert at_the_start(scorer(log_probs, length, bonus=1.0), scores).argmax() == 4
 
 
 def test_the_bonus_is_for_each_class_and_none_is_for_the_end():
     log_probs, length = random_log_probs(1, 5, 4), torch.tensor([5])
-    start, scores = torch.zeros(1, 0, dtype=torch.long), torch.randn(1, 7, dtype=torch.float64)
-    without, earned = (scorer(log_probs, length, bonus=bonus)(start, scores) for bonus in (0.0, 0.7))
+    scores = torch.randn(1, 7, dtype=torch.float64)
+    without, earned = (at_the_start(scorer(log_probs, length, bonus=bonus), scores) for bonus in (0.0, 0.7))
     assert torch.allclose(earned - without, 0.7 * torch.tensor([[float(len(s)) for s in SPELLED]]).double())
 
 
@@ -110,10 +115,41 @@ def test_the_best_candidates_are_what_they_are_when_all_are_scored(best, bonus):
         log_probs, scores = (3 * torch.randn(1, 5, 4)).double().log_softmax(-1), torch.randn(1, 7).log_softmax(-1).double()
         full, some = (scorer(log_probs, torch.tensor([5]), bonus=bonus) for _ in range(2))
         some.best = best
-        start = torch.zeros(1, 0, dtype=torch.long)
-        expected, got = full(start, scores)[:, :END].topk(best), some(start, scores)[:, :END].topk(best)
+        expected, got = (at_the_start(one, scores)[:, :END].topk(best) for one in (full, some))
         assert torch.equal(expected.indices, got.indices)
         assert torch.allclose(expected.values, got.values)
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.7])
+def test_no_token_scores_above_its_bound(bonus):
+    """The bound knew nothing of a token's further classes: of those whose first one was heard, some had no chance, and
+    where each class earned a bonus they took the places of the best."""
+    tighter = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        some = scorer((3 * torch.randn(1, 5, 4)).double().log_softmax(-1), torch.tensor([5]), weight=0.6, bonus=bonus)
+        exact = at_the_start(some, torch.zeros(1, 7, dtype=torch.float64))[:, :END]
+        first = some._next_class(torch.zeros(1).long(), *some.start[:3])[:, some.first[:END]]
+        bound = 0.6 * first + some.further[:, :END]
+        assert (exact <= bound + 1e-6).all()
+        assert torch.allclose(exact[:, :3], bound[:, :3])  # of one class
+        tighter += bound[0, 5].item() < 0.6 * first[0, 5].item() + 3 * bonus - 1e-6
+    assert tighter > 5
+
+
+def test_what_is_too_far_below_the_best_of_its_clip_is_not_scored():
+    """Of two beams of a clip and one of another, the first of which is 2 behind the second."""
+    some = scorer(random_log_probs(2, 5, 4), torch.tensor([5, 5]))
+    clips, total, scores = torch.tensor([0, 0, 1]), torch.tensor([-2.0, 0.0, -9.0]), torch.randn(3, 7).double()
+    states = [part[clips] for part in some.start]
+    full = some.vote(clips, states, scores)
+    near = some.vote(clips, states, scores, total, threshold=1.0)
+    kept = near.isfinite()
+    assert torch.equal(near[kept], full[kept])
+    best = torch.stack([*(total[:, None] + full)[:2].amax().expand(2), (total[:, None] + full)[2].amax()])
+    lost = (total[:, None] + full)[~kept] - best[:, None].expand_as(full)[~kept]
+    assert len(lost) > 0
+    assert (lost < -1.0).all()
 
 
 def test_where_too_few_tokens_are_allowed_none_that_the_ctc_cannot_spell_takes_their_place():
@@ -122,17 +158,18 @@ def test_where_too_few_tokens_are_allowed_none_that_the_ctc_cannot_spell_takes_t
     score = scorer(random_log_probs(1, 5, 4), torch.tensor([5]))
     scores = torch.full((1, 9), -torch.inf, dtype=torch.float64)  # the last two are beyond the tokenizer's
     scores[0, [1, 7, 8]] = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64)
-    out = score(torch.zeros(1, 0, dtype=torch.long), scores)
+    out = at_the_start(score, scores)
     assert out.isfinite().nonzero().tolist() == [[0, 1]]
 
 
 def test_prefix_scores_stay_finite_on_thirty_seconds():
     log_probs, length = random_log_probs(2, 750, 4) * 4, torch.tensor([750, 2])
-    score, ids = scorer(log_probs, length), []
+    score, clips = scorer(log_probs, length), torch.arange(2)
+    states = score.start
     for _ in range(40):
-        out = score(torch.tensor([ids, ids], dtype=torch.long).view(2, -1), torch.zeros(2, 7))
+        out = score.vote(clips, states, torch.zeros(2, 7))
         assert not out.isnan().any()
-        ids.append(int(out[0, :END].argmax()))
+        states = score.extend(clips, states, out[0, :END].argmax().expand(2))
 
 
 def head():
@@ -505,17 +542,16 @@ def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams,
     joint = transcriber(tokens, decoder="joint", num_beams=num_beams, joint_weight=weight)
     batch = batch_of(tokens, clips, ["", ""])
     ids = torch.tensor([tokens.prompt.ids] * 2)
-    options = {"joint_weight": weight, "spelling": joint.spelling, "num_beams": 3, "length_penalty": 0.0}
+    options = {"joint_weight": weight, "spelling": joint.spelling, "num_beams": num_beams, "length_penalty": 0.0}
     options |= {"length_bonus": bonus}
-    options |= {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     out = tokens.model.generate(
         ids, torch.ones_like(ids), batch["mel"], batch["mel_length"], torch.tensor([12, 9]), **options
     )
     log_probs, length = tokens.model.hear(batch["mel"], batch["mel_length"])
     end = tokens.prompt.end_of_turn
     compared = 0
-    for row, sequence in enumerate(out.sequences.tolist()):
-        answer = sequence[: sequence.index(end)]
+    for row, (best, *_) in enumerate(out):
+        answer = best.ids[:-1] if best.ended else best.ids
         spelled = torch.tensor([tokens.prompt.spelling(answer)])
         ctc = -ctc_loss(log_probs[row : row + 1], length[row : row + 1], spelled, IGNORE_INDEX)
         supervised = [*answer, end]
@@ -527,10 +563,11 @@ def test_the_joint_score_is_the_sum_of_both_log_probabilities(tokens, num_beams,
         }])  # fmt: skip
         logits = tokens.model(**one)["logits"]
         llm = -cross_entropy(logits, torch.tensor(supervised), reduction="sum")
-        forced = len(answer) == [12, 9][row]  # the bound ends it: that end is given, not scored
-        if not forced:
+        assert best.ended == (len(answer) < [12, 9][row])  # else the bound ends it: that end is given, not scored
+        if best.ended:
             expected = llm + weight * ctc + bonus * len(spelled[0])
-            assert out.sequences_scores[row].item() == pytest.approx(expected.item(), rel=1e-4)
+            assert best.score == pytest.approx(expected.item(), rel=1e-4)
+            assert best.log_prob == pytest.approx(llm.item(), rel=1e-4)
             compared += 1
     assert compared
     assert joint.transcribe(clips) == [joint.transcribe([clip])[0] for clip in clips]

@@ -33,7 +33,7 @@ def test_a_draft_goes_on_where_it_is_most_like_what_is_written(ids, written, res
 
 
 def both_ways(transcriber, clips, plain):
-    """Token ids by draft and by transformers' greedy search; `verify`'s account of its passes."""
+    """What was found by draft and by plain greedy search; `verify`'s account of its passes."""
     written, verify = [], draft.verify
 
     def record(*args):
@@ -42,14 +42,22 @@ def both_ways(transcriber, clips, plain):
 
     with plain.context() as patch:
         patch.setattr(draft, "verify", record)
-        ids = {}
+        found = {}
         generate = transcriber.model.generate
         for wanted in (True, False):
             patch.setattr(transcriber.args, "draft", wanted)
-            patch.setattr(transcriber.model, "generate", lambda **o: ids.setdefault(wanted, generate(**o)))  # noqa: B023
+            patch.setattr(transcriber.model, "generate", lambda **o: found.setdefault(wanted, generate(**o)))  # noqa: B023
             transcriber.hypotheses(clips)
     assert len(written) == 1
-    return ids[True], ids[False], written[0]
+    return found[True], found[False], written[0]
+
+
+def alike(some, others):
+    """The same tokens and ends, and all but the same log-probabilities."""
+    for one, other in zip(some, others, strict=True):
+        assert [text[:2] for text in one] == [text[:2] for text in other]
+        assert [text.log_prob for text in one] == pytest.approx([text.log_prob for text in other], abs=2e-3)
+    return True
 
 
 @pytest.fixture
@@ -73,7 +81,7 @@ def prompts_of(tokens):
 def test_tiny_models_write_what_plain_greedy_search_writes(tokens, monkeypatch, decoder, clips):
     transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder=decoder, num_beams=1))
     drafted, plain, _ = both_ways(transcriber, [audio(2.7, 1), audio(0.8, 2), audio(1.6, 3)][:clips], monkeypatch)
-    assert torch.equal(drafted, plain)
+    assert alike(drafted, plain)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 5])
@@ -81,28 +89,9 @@ def test_drafts_that_are_right_wrong_and_half_right(tokens, offset):
     """Of three rows one has its own result as a draft, one another's, one a part of it; limits of their own end two."""
     model, options = tokens.model, prompts_of(tokens)
     plain = model.generate(**options)
-    text = [row[: row.index(tokens.prompt.end_of_turn)] for row in plain.tolist()]
+    text = [[id for id in row[0].ids if id != tokens.prompt.end_of_turn] for row in plain]
     drafts = [text[0], text[0][::-1], [*text[2][:offset], *text[2][offset + 1 :]]]
-    assert torch.equal(model.generate(**options | {"drafts": drafts}), plain)
-
-
-def test_log_probabilities_are_those_of_plain_greedy_search(tokens, monkeypatch):
-    transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder="joint", num_beams=1))
-    options, generate, clips = {}, tokens.model.generate, [audio(2.7, 1), audio(0.8, 2)]
-    _, _, written = both_ways(transcriber, clips, monkeypatch)
-    monkeypatch.setattr(tokens.model, "generate", lambda **o: options.update(o) or generate(**o))
-    transcriber.hypotheses(clips)
-    options = {name: value for name, value in options.items() if name not in ("before", "after")}  # they have seen a search
-    options |= {"drafts": None, "return_dict_in_generate": True, "output_logits": True}
-    plain = generate(**options)
-    log_probs = torch.stack(plain.logits, 1).log_softmax(-1)  # (B, T, vocabulary)
-    gains = log_probs.gather(2, plain.sequences[..., None])[..., 0]
-    eos = tokens.model.llm.generation_config.eos_token_id
-    for t, (ids, total, ends) in enumerate(written.steps()):
-        going = [row for row in range(2) if t < len(written.log_probs[row])]
-        assert torch.equal(ids, plain.sequences[:, :t])
-        assert torch.allclose(total[going], gains[going, :t].sum(1), atol=1e-4)
-        assert torch.allclose(ends[going], log_probs[going, t][:, eos], atol=1e-4)
+    assert alike(model.generate(**options | {"drafts": drafts}), plain)
 
 
 def test_beams_are_not_drafted(tokens, monkeypatch):
@@ -123,7 +112,7 @@ def test_reading_the_prompts_beginning_once_changes_nothing(tokens, options):
         first = read[0]
         assert (first == (1, tokens.prompt.ids.index(SPEECH_INDEX))) == shared
         read.clear()
-    assert torch.equal(written[True], written[False])
+    assert alike(written[True], written[False])
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +128,6 @@ def test_the_shipped_checkpoint_writes_what_plain_greedy_search_writes(shipped, 
     clips = sorted((load_audio(record.wav)[0] for record in read_manifest(DATA / "test.jsonl")), key=len)[::12]
     transcriber = Transcriber(shipped.model, shipped.prompt, DecodeArguments(device="cpu", decoder=decoder, num_beams=1))
     drafted, plain, written = both_ways(transcriber, clips, monkeypatch)
-    assert torch.equal(drafted, plain)
-    assert written.passes < plain.shape[1]
+    assert alike(drafted, plain)
+    assert written.passes < max(len(row[0].ids) for row in plain)
     assert sum(written.accepted) > 0

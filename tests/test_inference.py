@@ -83,24 +83,26 @@ def test_where_torch_has_no_packed_product_weights_stay_as_they_are(monkeypatch)
 
 
 def test_a_beam_searchs_cache_holds_what_transformers_own_does():
-    """Positions appended one by one, several at once and past the room made for them, while beams change places."""
+    """Positions appended one by one, several at once and past the room made for them, while beams change places, come and
+    go."""
     torch.manual_seed(0)
     theirs, ours = DynamicCache(), DynamicCache()
     prompt = torch.randn(2, 2, 5, 4)
     for cache in (theirs, ours):
         cache.update(prompt, -prompt, 0)
-    theirs.batch_repeat_interleave(3)
-    inference.for_beams(ours, 2, 3)
-    assert isinstance(ours.layers[0], inference.BeamLayer)
+    clips = torch.arange(2)
     for step in range(inference.ROOM + 3):
-        new = torch.randn(6, 2, 1 + step % 2, 4)
+        kept = torch.tensor([0, 1]).repeat_interleave(3)[: 6 - step % 3 // 2]  # the same clips' twice, then one fewer
+        beams = torch.stack([torch.randint(3, ()) + (0 if clip == 0 else int((clips == 0).sum())) for clip in kept])
+        beams = beams.clamp(max=len(clips) - 1) if step else kept
+        theirs.reorder_cache(beams)
+        inference.follow(ours, beams, torch.equal(clips[beams], clips))
+        clips = clips[beams]
+        assert isinstance(ours.layers[0], inference.BeamLayer)
+        new = torch.randn(len(clips), 2, 1 + step % 2, 4)
         for expected, got in zip(theirs.update(new, -new, 0), ours.update(new, -new, 0), strict=True):
             assert torch.equal(expected, got)
-        beams = torch.cat([torch.randint(3, (3,)), 3 + torch.randint(3, (3,))])  # of each clip its own
-        theirs.reorder_cache(beams)
-        ours.reorder_cache(beams)
         assert theirs.get_seq_length() == ours.get_seq_length()
-    assert torch.equal(theirs.layers[0].keys, ours.layers[0].keys)
 
 
 OTHER_CACHES = {

@@ -142,18 +142,18 @@ def test_scores_are_those_of_a_forward_pass(tokens, knobs, decoder, as_ids):
     batch = SpeechCollator()([{"input_ids": torch.tensor([0]), "mel": log_mel(clip, 80)} for clip in clips])
     with torch.no_grad():
         log_probs, length = tokens.model.hear(batch["mel"], batch["mel_length"])
-    ends, ended = tokens.model.llm.generation_config.eos_token_id, []
+    ended = []
     for hypothesis, clip, row, frames in zip(found, clips, log_probs, length, strict=True):
         assert hypothesis.nbest[0] == (hypothesis.text, hypothesis.score)
         assert len(hypothesis.nbest) == knobs.get("nbest", 1)
         for text, score in hypothesis.nbest:
             ids = json.loads(text)
-            size = next(i for i, id in enumerate(ids) if id in ends)
-            ended.append(size < limit)
-            voted = log_likelihood(row[:frames], [tokens.prompt.spelling(ids[:size])])[0] if decoder == "joint" else 0
-            assert score == pytest.approx(teacher_forced(tokens, clip, ids[: size + ended[-1]]) + 0.7 * voted, abs=1e-4)
+            ended.append(ids[-1] in tokens.model.llm.generation_config.eos_token_id)
+            said = ids[:-1] if ended[-1] else ids
+            voted = log_likelihood(row[:frames], [tokens.prompt.spelling(said)])[0] if decoder == "joint" else 0
+            assert score == pytest.approx(teacher_forced(tokens, clip, ids) + 0.7 * voted, abs=1e-4)
             if text == hypothesis.text:
-                assert (hypothesis.tokens, hypothesis.ended) == (size + ended[-1], ended[-1])
+                assert (hypothesis.tokens, hypothesis.ended) == (len(ids), ended[-1])
     assert any(ended)
 
 
@@ -200,7 +200,8 @@ def test_knobs_mean_the_same_in_any_company(tokens, decoder, knobs, monkeypatch)
 def test_a_temperature_samples_the_softmax():
     """Four thousand clips of the same scores: as often as their probabilities at that temperature say."""
     scores = torch.tensor([[2.0, 0.0, -1.0, 1.0]])
-    best = torch.cat([Sample(0.7, [seed])(torch.zeros(1, 3), scores).argmax(1) for seed in range(4000)])
+    sample, clip = Sample(0.7, range(4000)), torch.arange(4000)
+    best = sample(clip, 3, scores.expand(4000, -1)).argmax(1)
     shares = torch.bincount(best, minlength=4) / len(best)
     torch.testing.assert_close(shares, (scores[0] / 0.7).softmax(0), atol=0.03, rtol=0)
 
@@ -228,6 +229,7 @@ def test_search_options_of_one_call_leave_the_next_alone(tokens):
         ({"no_repeat_ngram_size": -1}, "--no_repeat_ngram_size must not be negative"),
         ({"temperature": -0.1}, "--temperature must not be negative"),
         ({"temperature": 0.5}, "--temperature samples one text: give --num_beams 1"),
+        ({"beam_threshold": 0.0}, "--beam_threshold must be above 0"),
         ({"joint_weight": -1.0}, "--joint_weight must not be negative"),
         ({"length_bonus": -1.0}, "--length_bonus must not be negative"),
         ({"batch_seconds": float("nan")}, "--batch_seconds must be at least 1"),

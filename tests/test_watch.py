@@ -18,7 +18,6 @@ import train
 import watch
 from dataset import SpeechDataset
 from manifest import read_manifest
-from search import LogLikelihood
 from settings import InputError
 from transcriber import DecodeArguments, Transcriber
 from transcript import Hypothesis
@@ -323,10 +322,18 @@ def test_a_text_has_ended_if_its_end_of_turn_came_before_the_limit(tiny, monkeyp
     """After the limit every row gets an end-of-turn token; that one does not count."""
     system = build_system(tiny.qwen2, tiny.whisper)
     end, a = system.prompt.end_of_turn, system.prompt.tokenizer("a").input_ids[0]
-    rows = torch.tensor([[a, end, end, end], [a, a, a, end], [a, a, end, end]])
-    monkeypatch.setattr(system.model, "generate", lambda **_: rows)
-    monkeypatch.setattr(LogLikelihood, "of", lambda *_: -1.0)  # of a search that has not been
-    transcriber = Transcriber(system.model, system.prompt, DecodeArguments(max_new_tokens=3))
+    write = iter([[a, a, a], [end, a, a], [a, end], [a]])  # of each clip the next token; one that is done is gone
+    llm = system.model.llm
+    forward = llm.forward
+
+    def planned(**inputs):
+        output, tokens = forward(**inputs), next(write)
+        assert len(output.logits) == len(tokens)
+        output.logits = 50.0 * torch.nn.functional.one_hot(torch.tensor(tokens), output.logits.shape[-1])[:, None]
+        return output
+
+    monkeypatch.setattr(llm, "forward", planned)
+    transcriber = Transcriber(system.model, system.prompt, DecodeArguments(max_new_tokens=3, num_beams=1))
     found = transcriber.hypotheses([audio(1.0, i) for i in range(3)])
     assert [(h.text, h.ended) for h in found] == [("a", True), ("aaa", False), ("aa", True)]
 
