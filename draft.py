@@ -21,7 +21,7 @@ from inference import whole
 from search import Found
 
 LOOKAHEAD = 16  # tokens of a draft that one pass verifies, at most: logits of a whole transcript might not fit
-ON_A_CPU = 32  # of all drafts together: there a token takes its time, also one that is rejected
+ON_A_CPU = 16  # of all drafts together: there a token takes its time, also one that is rejected
 
 
 class Written(NamedTuple):
@@ -46,8 +46,8 @@ class Draft:
 
 
 def lookahead(rows: int, device: torch.device) -> int:
-    """How many tokens of each of so many drafts one pass verifies."""
-    return LOOKAHEAD if device.type != "cpu" else min(max(ON_A_CPU // rows, 2), LOOKAHEAD)
+    """How many tokens of each of so many drafts one pass verifies; of many on a CPU none."""
+    return LOOKAHEAD if device.type != "cpu" else min(ON_A_CPU // max(rows, 1), LOOKAHEAD)
 
 
 def applies(cache: DynamicCache) -> bool:

@@ -261,7 +261,6 @@ class SpeechLLM(nn.Module):
         S = max(len(row) for row in both)
         return torch.stack([F.pad(row, (0, 0, 0, S - len(row))) for row in both]), torch.cat([count, read_count])
 
-    @torch.no_grad()  # not inference_mode: what ZeRO-3 gathers in it could not be trained on
     def generate(
         self,
         input_ids: Tensor,
@@ -283,31 +282,32 @@ class SpeechLLM(nn.Module):
         `drafts`, the ids of a guess for each row, a greedy search that nothing else shapes takes a few passes of the LLM
         (see draft.py) and its result is the same.
         """
-        beams, vote = search.get("num_beams", 1), None
-        if self.ctc:
-            log_probs, frames = heard or self.hear(mel, mel_length)
-            speech, length = self.ctc.soft_tokens(log_probs, frames)
-            if joint_weight:
-                ends = self.llm.generation_config.eos_token_id
-                best = None if search.get("sample") else beams + len(ends)  # that the search looks at
-                vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
-        else:
-            speech, length = self.listen(mel, mel_length)
-        embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
-        cache = DynamicCache(config=self.llm.config)
-        shared = self._shared(input_ids, attention_mask)
-        if shared:  # the padding goes behind the prompt's beginning, which is read once for all
-            padding = (mask == 0).sum(1, keepdim=True)  # (B, 1)
-            t = torch.arange(mask.shape[1], device=mask.device)
-            mask = ((t < shared) | (t >= shared + padding)).long()
-            embeds[:, :shared] = embeds[padding.argmin(), :shared].clone()
-            cache = self._beginning(input_ids[0, :shared], embeds[:1, :shared])
-            cache.batch_repeat_interleave(len(embeds))
-        plain = beams == 1 and not search.get("processors") and not search.get("sample")
-        if drafts is not None and plain and draft.applies(cache):
-            written = draft.verify(self.llm, embeds, mask, cache, drafts, max_new_tokens.tolist(), vote)
-            return [[text] for text in written.texts]
-        return beam_search(self.llm, embeds, mask, cache, max_new_tokens, vote=vote, **search)
+        with inference.no_gradients(self):
+            beams, vote = search.get("num_beams", 1), None
+            if self.ctc:
+                log_probs, frames = heard or self.hear(mel, mel_length)
+                speech, length = self.ctc.soft_tokens(log_probs, frames)
+                if joint_weight:
+                    ends = self.llm.generation_config.eos_token_id
+                    best = None if search.get("sample") else beams + len(ends)  # that the search looks at
+                    vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
+            else:
+                speech, length = self.listen(mel, mel_length)
+            embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
+            cache = DynamicCache(config=self.llm.config)
+            shared = self._shared(input_ids, attention_mask)
+            if shared:  # the padding goes behind the prompt's beginning, which is read once for all
+                padding = (mask == 0).sum(1, keepdim=True)  # (B, 1)
+                t = torch.arange(mask.shape[1], device=mask.device)
+                mask = ((t < shared) | (t >= shared + padding)).long()
+                embeds[:, :shared] = embeds[padding.argmin(), :shared].clone()
+                cache = self._beginning(input_ids[0, :shared], embeds[:1, :shared])
+                cache.batch_repeat_interleave(len(embeds))
+            plain = beams == 1 and not search.get("processors") and not search.get("sample")
+            if drafts is not None and plain and draft.applies(cache):
+                written = draft.verify(self.llm, embeds, mask, cache, drafts, max_new_tokens.tolist(), vote)
+                return [[text] for text in written.texts]
+            return beam_search(self.llm, embeds, mask, cache, max_new_tokens, vote=vote, **search)
 
     def for_decoding(self) -> "SpeechLLM":
         """As fast as it goes (see inference.py), the projector in the encoder's precision."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
+import inference
 from audio import log_mel, speech_vectors, vector_seconds
 from ctc import greedy_path, log_likelihood
 from dataset import SpeechCollator
@@ -61,7 +62,7 @@ class DecodeArguments:
     )
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     beam_threshold: float = field(
-        default=math.inf, metadata={"help": "A beam that scores so much less than its clip's best is given up."}
+        default=8.0, metadata={"help": "A beam that scores so much less than the best of its clip is given up; inf: none."}
     )
     batch_size: int = field(default=32, metadata={"help": "At most so many clips are decoded together …"})
     batch_seconds: float = field(default=240.0, metadata={"help": "… and at most so many seconds, padding included."})
@@ -218,7 +219,7 @@ class Transcriber:
         wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
         if wrong:
             raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
-        with self.turn, torch.no_grad():
+        with self.turn, inference.no_gradients(self.model):
             return self._decode(clips, args, decoder) if clips else []
 
     def _decode(self, clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str) -> list[Hypothesis]:

@@ -1,12 +1,12 @@
 """WER of the shipped checkpoint by decoder, beam and set, and that of Whisper tiny.en itself on the same clips.
 
     apt-get install pocketsphinx-testdata          # the LibriVox clips; left out where they are not there
-    python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2] [--length_bonus 0]
+    python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2] [--length_bonus 0] …
     python benchmarks/decoders.py --beams 1 3 5 8 10 --without_whisper                        # the table of beams
     python benchmarks/decoders.py --invariance --dtype bfloat16          # texts that the size of a batch changes
 
-Whisper's English normalizer. dev: every fourth of the demo's training prompts, on which --joint_weight and
---length_bonus were chosen.
+Whisper's English normalizer. dev: every fourth of the demo's training prompts; --sets train: all of them, on which
+--joint_weight, --length_bonus and --beam_threshold were chosen.
 """
 
 import argparse
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", nargs="+", default=[str(ROOT / "demo" / "pretrained")])
     parser.add_argument("--joint_weight", type=float, nargs="*", default=[DecodeArguments.joint_weight])
     parser.add_argument("--length_bonus", type=float, default=DecodeArguments.length_bonus)
+    parser.add_argument("--beam_threshold", type=float, default=DecodeArguments.beam_threshold)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="1 is greedy")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
@@ -91,8 +92,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, help="of each set only the first so many")
     args = parser.parse_args()
     data = ROOT / "demo" / "data"
+    prompts = list(read_manifest(data / "train.jsonl"))
     sets = {
-        "dev": list(read_manifest(data / "train.jsonl"))[3::4],
+        "train": prompts,
+        "dev": prompts[3::4],
         "test": list(read_manifest(data / "test.jsonl")),
         "librivox": librivox(),
     }
@@ -107,7 +110,7 @@ def main() -> None:
     for checkpoint in args.checkpoint:
         models.checkpoint = checkpoint
         options = DecodeArguments(dtype=args.dtype, device=args.device, batch_size=args.batch_size, guard="off")
-        options.length_bonus = args.length_bonus
+        options.length_bonus, options.beam_threshold = args.length_bonus, args.beam_threshold
         loaded = Transcriber.from_arguments(models, options)
         for name, row in decoders(args.beams, args.joint_weight, args.decoders).items():
             name = name if len(args.checkpoint) == 1 else f"{checkpoint}, {name}"

@@ -169,7 +169,7 @@ def test_a_batch_holds_clips_of_like_length():
     assert found == [[20.0, 11.0], [2.1], [1.0, 0.9], [0.4]]
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (4, 8), (100, 2)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (4, 4), (100, 0)])
 def test_on_a_cpu_many_drafts_are_verified_by_fewer_tokens_each(rows, tokens):
-    assert lookahead(rows, torch.device("cpu")) == tokens <= max(ON_A_CPU // rows, 2)
+    assert lookahead(rows, torch.device("cpu")) == tokens <= ON_A_CPU / rows
     assert lookahead(rows, torch.device("cuda")) == 16
