@@ -276,7 +276,8 @@ class CTCPrefixScore:
         """scores (R, vocabulary) with the CTC's and the bonus added, −∞ for what is no candidate: of R beams, those of a
         clip side by side, their clips (R,) and states.
 
-        With the score of each beam, total (R,), what would be more than `threshold` below the best of its clip is none.
+        With the score of each beam, total (R,), a token of several classes that would be more than `threshold` below the
+        best of its clip is none.
         """
         device, scores, clips = scores.device, scores.to(self.blanks.device), clips.to(self.blanks.device)
         last, token, blank, before = states
@@ -307,11 +308,12 @@ class CTCPrefixScore:
         """log P of all that begins with a prefix and a class, for R prefixes and every class but the blank: (R, V)."""
         before = torch.logaddexp(blank, token)[:, :-1]  # (R, N)
         loudest = before.amax(1, keepdim=True)
-        count = clips.bincount(minlength=len(self.probs))  # (B,)
-        place = torch.arange(len(clips), device=clips.device) - (count.cumsum(0) - count)[clips]  # (R,) among its clip's
-        share = before.new_zeros(len(count), int(count.max()), before.shape[1])  # (B, most, N)
-        share[clips, place] = (before - loudest).exp()
-        scores = (share @ self.probs)[clips, place].log().clamp(min=NEVER) + loudest  # (R, V)
+        left, row, count = clips.unique_consecutive(return_inverse=True, return_counts=True)  # (C,), (R,), (C,)
+        place = torch.arange(len(clips), device=clips.device) - (count.cumsum(0) - count)[row]  # (R,) among its clip's
+        share = before.new_zeros(len(left), int(count.max()), before.shape[1])  # (C, most, N)
+        share[row, place] = (before - loudest).exp()
+        probs = self.probs if len(left) == len(self.probs) else self.probs[left]  # (C, N, V)
+        scores = (share @ probs)[row, place].log().clamp(min=NEVER) + loudest  # (R, V)
         again = last.clamp(min=0)  # the last class anew: only after a blank
         repeated = (blank[:, :-1] + self.log_probs[clips, again]).logsumexp(-1)
         at = (last >= 0).nonzero().squeeze(1)

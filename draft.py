@@ -47,7 +47,7 @@ class Draft:
 
 def lookahead(rows: int, device: torch.device) -> int:
     """How many tokens of each of so many drafts one pass verifies; of many on a CPU none."""
-    return LOOKAHEAD if device.type != "cpu" else min(ON_A_CPU // max(rows, 1), LOOKAHEAD)
+    return LOOKAHEAD if device.type != "cpu" else min(ON_A_CPU // rows, LOOKAHEAD)
 
 
 def applies(cache: DynamicCache) -> bool:
@@ -78,7 +78,7 @@ def verify(
     texts: list[list[int]] = [[] for _ in drafts]
     log_probs, accepted = [0.0] * len(drafts), [0] * len(drafts)
     guesses = [draft.rest([])[: lookahead(len(drafts), device)] for draft in drafts]
-    states = [part[rows] for part in vote.start] if vote else None
+    states = vote.start if vote else None
     pending, passes = embeds[:, cache.get_seq_length() :], 0
     while len(rows):
         room = [limits[i] - len(texts[i]) for i in rows.tolist()]

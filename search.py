@@ -16,7 +16,7 @@ from transformers import DynamicCache, LogitsProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import inference
-from ctc import CTCPrefixScore
+from ctc import NEVER, CTCPrefixScore
 
 
 class Found(NamedTuple):
@@ -25,7 +25,10 @@ class Found(NamedTuple):
     ids: list[int]  # with the end of turn, if it came before the limit did
     ended: bool
     log_prob: float  # the LLM's own, of these
-    score: float  # what the search ranks by
+    score: float  # what the search ranks by, but of a draft log_prob
+
+
+NOTHING = Found([], False, NEVER, NEVER)  # where no token has a score: of logits that are not finite
 
 
 class Sample:
@@ -85,13 +88,14 @@ def beam_search(
     the best first; row i may write limits[i] tokens.
 
     A text's score is the sum of its tokens' after `processors` and `vote`, and texts are ranked by score / tokens **
-    length_penalty. A beam stays while it is among the `num_beams` best of its clip, at most `threshold` below the best of
-    them and of the finished texts, and better than the worst of `num_beams` finished ones: what a finished text is worth
-    to it is what it would have to score to rank alike.
+    length_penalty. A beam stays while it is among the `num_beams` best of its clip and at most `threshold` below the best
+    of them and of the finished texts; all of a clip end when the best of them is no better than the worst of `num_beams`
+    finished texts. What a finished text is worth to them is what they would have to score to rank alike.
     """
     config, embed, device = llm.generation_config, llm.get_input_embeddings(), embeds.device
     ends = torch.tensor(config.eos_token_id, device=device)
     found: list[list[Found]] = [[] for _ in embeds]
+    threshold = float("inf") if sample else threshold  # its scores are no log-probabilities
     clip = torch.arange(len(embeds), device=device)  # (R,): of each beam, in this order
     written = clip.new_empty(len(clip), 0)  # (R, t)
     score = log_prob = embeds.new_zeros(len(clip), dtype=torch.float32)  # (R,)
@@ -106,10 +110,13 @@ def beam_search(
         output = llm(
             inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache, use_cache=True, logits_to_keep=1
         )
-        own = output.logits[:, -1].float().log_softmax(-1)  # (R, vocabulary)
-        scores = own
-        for processor in processors:
-            scores = processor(written, scores)
+        logits = output.logits[:, -1].float()  # (R, vocabulary)
+        scores = own = logits.log_softmax(-1)
+        if processors:  # transformers' greedy search has them shape logits, its beam search log-probabilities
+            scores = own if num_beams > 1 else logits
+            for processor in processors:
+                scores = processor(written, scores)
+            scores = scores if num_beams > 1 else scores.log_softmax(-1)
         if vote:
             scores = vote.vote(clip, states, scores, None if sample else score, threshold)
         if sample:
@@ -137,8 +144,8 @@ def beam_search(
         goal = best.new_tensor([texts[0].score if texts else -torch.inf for texts in done]) * rank  # (C,)
         least = best.new_tensor([texts[-1].score if len(texts) == num_beams else -torch.inf for texts in done]) * rank
         leading = best.masked_fill(~chosen, -torch.inf).amax(1)
-        floor = torch.maximum(torch.maximum(leading, goal) - threshold, least)
-        chosen &= best > floor[:, None]
+        floor = (torch.maximum(leading, goal) - threshold).masked_fill(leading <= least, torch.inf)
+        chosen &= best.isfinite() & (best >= floor[:, None])
         c, m = chosen.nonzero(as_tuple=True)  # (R',) in the order of the clips
         parent, token = parent[c, m], token[c, m]
         score, log_prob = best[c, m], log_prob[parent] + own[parent, token]
@@ -149,4 +156,4 @@ def beam_search(
         inference.follow(cache, parent, torch.equal(clips[c], clip))
         clip = clips[c]
         x = embed(token[:, None]).to(embeds.dtype)  # (R', 1, D)
-    return found
+    return [texts or [NOTHING] for texts in found]

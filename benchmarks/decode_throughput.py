@@ -186,7 +186,8 @@ class Decoding:
             def with_drafts(**options: object) -> list[list[Found]]:
                 key = tuple(map(len, clips))
                 if options["drafts"] is not None and key not in known:  # the first time, which is not timed
-                    known[key] = [texts[0].ids for texts in generate(**options | {"drafts": None})]
+                    best = [texts[0] for texts in generate(**options | {"drafts": None})]
+                    known[key] = [text.ids[:-1] if text.ended else text.ids for text in best]
                 return generate(**options | {"drafts": options["drafts"] and known[key]})
 
             handle = model.ctc.register_forward_hook(hear)

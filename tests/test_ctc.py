@@ -144,12 +144,18 @@ def test_what_is_too_far_below_the_best_of_its_clip_is_not_scored():
     states = [part[clips] for part in some.start]
     full = some.vote(clips, states, scores)
     near = some.vote(clips, states, scores, total, threshold=1.0)
-    kept = near.isfinite()
+    kept, best = near.isfinite(), total[:, None] + full
     assert torch.equal(near[kept], full[kept])
-    best = torch.stack([*(total[:, None] + full)[:2].amax().expand(2), (total[:, None] + full)[2].amax()])
-    lost = (total[:, None] + full)[~kept] - best[:, None].expand_as(full)[~kept]
-    assert len(lost) > 0
-    assert (lost < -1.0).all()
+    behind = best - best.new_tensor([best[:2].max(), best[:2].max(), best[2].max()])[:, None]
+    assert (behind[~kept] < -1.0).all()
+    several = torch.tensor([len(classes) > 1 for classes in SPELLED])
+    assert (kept | ~several).all(0)[~several].all()  # of one class their score is had anyway
+    assert (~kept[0] & several).sum() > (~kept[1] & several).sum()
+    alone = [
+        some.vote(clips[i : i + 1], [part[i : i + 1] for part in states], scores[i : i + 1], total[i : i + 1], 1.0)
+        for i in (0, 1)
+    ]
+    assert alone[0].isfinite().sum() > kept[0].sum()  # it is its company that it is behind
 
 
 def test_where_too_few_tokens_are_allowed_none_that_the_ctc_cannot_spell_takes_their_place():

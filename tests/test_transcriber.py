@@ -230,6 +230,7 @@ def test_search_options_of_one_call_leave_the_next_alone(tokens):
         ({"temperature": -0.1}, "--temperature must not be negative"),
         ({"temperature": 0.5}, "--temperature samples one text: give --num_beams 1"),
         ({"beam_threshold": 0.0}, "--beam_threshold must be above 0"),
+        ({"length_penalty": float("nan")}, "--length_penalty must be a number"),
         ({"joint_weight": -1.0}, "--joint_weight must not be negative"),
         ({"length_bonus": -1.0}, "--length_bonus must not be negative"),
         ({"batch_seconds": float("nan")}, "--batch_seconds must be at least 1"),
