@@ -111,7 +111,9 @@ def whole(cache: DynamicCache) -> bool:
 def follow(cache: DynamicCache, parents: Tensor, same_prompts: bool) -> None:
     """The rows of a search's cache become those of its next beams: row i what row parents[i] was. same_prompts: whether
     each row's prompt is what it was."""
-    cache.layers = [BeamLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        BeamLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
+    ]
     if same_prompts and (parents.diff() == 1).all():  # every beam goes on alone
         return
     for layer in cache.layers:
