@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
 from inference import whole
-from search import Found
+from search import Found, constant_ends
 
 LOOKAHEAD = 16  # tokens of a draft that one pass verifies, at most: logits of a whole transcript might not fit
 ON_A_CPU = 16  # of all drafts together: there a token takes its time, also one that is rejected
@@ -64,6 +64,7 @@ def verify(
     drafts: Sequence[Sequence[int]],
     limits: Sequence[int],
     vote: CTCPrefixScore | None = None,
+    end_prob: float | None = None,
 ) -> Written:
     """What greedy search writes after prompts embeds (B, T, D), mask (B, T), of which `cache` holds the first positions.
 
@@ -96,7 +97,7 @@ def verify(
             use_cache=True,
             logits_to_keep=W + 1,
         )
-        scores, passes = output.logits.float(), passes + 1  # (L, W + 1, vocabulary)
+        scores, passes = constant_ends(output.logits.float(), ends, end_prob), passes + 1  # (L, W + 1, vocabulary)
         if vote:
             along = [states]  # after each token of the guess
             for token in guess.clamp(min=0).T:

@@ -114,8 +114,11 @@ def _more_cautious(transcriber: "Transcriber") -> list[dict[str, Any]]:
     search = CAUTIOUS | {"num_beams": max(CAUTIOUS["num_beams"], transcriber.args.num_beams)}
     if not transcriber.model.ctc:
         return [search]
-    joint = {"decoder": "joint", "joint_weight": MORE_CTC * transcriber.args.joint_weight}
-    return [] if transcriber.decoder == "ctc" else [search | joint, {"decoder": "ctc"}]
+    if transcriber.decoder == "ctc":
+        return []
+    decoder = "joint" if transcriber.decoder == "llm" else transcriber.decoder
+    weight, _ = transcriber.vote(decoder, transcriber.args)
+    return [search | {"decoder": decoder, "joint_weight": MORE_CTC * weight}, {"decoder": "ctc"}]
 
 
 def _kept(found: Sequence[Hypothesis], broken: Sequence[list[str]]) -> Hypothesis:

@@ -3,8 +3,9 @@
 A model that was prepared can be neither trained nor saved, copied or moved.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ ROOM = 32  # positions by which a beam search's cache grows
 def prepare(model: nn.Module) -> None:
     """Merge LoRA into the weights beside it; on a CPU, have the weights in the order that its products want."""
     model.requires_grad_(False)
-    replace(model, lambda module: hasattr(module, "lora_A"), merged)
+    replace(model, lambda module: hasattr(module, "lora_A"), Merged)
     if PACKS and next(model.parameters()).device.type == "cpu":
         replace(model, lambda module: type(module) is nn.Linear, packed)
 
@@ -36,10 +37,35 @@ def replace(model: nn.Module, chosen: Callable[[nn.Module], bool], made: Callabl
         setattr(model.get_submodule(parent), own, made(model.get_submodule(name)))
 
 
-def merged(module: nn.Module) -> nn.Module:
-    """peft's layer → the layer it adapts, with the adapter added to its weight: the same sum in one product, not three."""
-    module.merge()
-    return module.get_base_layer()
+class Merged(nn.Module):
+    """Of peft's layer the one it adapts, with the adapter added to its weight: the same sum in one product, not three. The
+    layer as it was stays beside it, for `without_adapters`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.plain = copy.deepcopy(module.get_base_layer())
+        module.merge()
+        self.adapted = module.get_base_layer()
+        self.enabled = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.adapted if self.enabled else self.plain)(x)
+
+
+@contextmanager
+def without_adapters(llm: nn.Module) -> Iterator[None]:
+    """The LLM as it was before LoRA joined it."""
+    layers = [module for module in llm.modules() if isinstance(module, Merged) or hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def packed(linear: nn.Linear) -> nn.Module:

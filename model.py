@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -273,6 +274,8 @@ class SpeechLLM(nn.Module):
         spelling: Tensor | None = None,
         heard: tuple[Tensor, Tensor] | None = None,
         drafts: Sequence[Sequence[int]] | None = None,
+        context: Tensor | None = None,
+        end_prob: float | None = None,
         **search: Any,
     ) -> list[list[Found]]:
         """Of each clip the texts that a search found, best first; max_new_tokens (B,); `search`: see beam_search.
@@ -280,9 +283,11 @@ class SpeechLLM(nn.Module):
         With `joint_weight` the CTC votes with that weight, and each of its classes in a text adds `length_bonus` to its
         score; spelling (vocabulary, P) is each token in these classes. heard: what `hear` gave, if it was asked. With
         `drafts`, the ids of a guess for each row, a greedy search that nothing else shapes takes a few passes of the LLM
-        (see draft.py) and its result is the same.
+        (see draft.py) and its result is the same. With `context`, ids (T,), the LLM reads these instead of the prompt, and
+        no speech: as the language model that it was before LoRA joined it. `end_prob`: see search.constant_ends.
         """
-        with inference.no_gradients(self):
+        alone = nullcontext() if context is None else inference.without_adapters(self.llm)
+        with inference.no_gradients(self), alone:
             beams, vote = search.get("num_beams", 1), None
             if self.ctc:
                 log_probs, frames = heard or self.hear(mel, mel_length)
@@ -293,9 +298,13 @@ class SpeechLLM(nn.Module):
                     vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
             else:
                 speech, length = self.listen(mel, mel_length)
-            embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
             cache = DynamicCache(config=self.llm.config)
-            shared = self._shared(input_ids, attention_mask)
+            if context is None:
+                embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
+                shared = self._shared(input_ids, attention_mask)
+            else:
+                embeds = self.llm.get_input_embeddings()(context.expand(len(input_ids), -1))  # (B, T, D)
+                mask, shared = torch.ones_like(embeds[..., 0], dtype=torch.long), 0
             if shared:  # the padding goes behind the prompt's beginning, which is read once for all
                 padding = (mask == 0).sum(1, keepdim=True)  # (B, 1)
                 t = torch.arange(mask.shape[1], device=mask.device)
@@ -305,9 +314,9 @@ class SpeechLLM(nn.Module):
                 cache.batch_repeat_interleave(len(embeds))
             plain = beams == 1 and not search.get("processors") and not search.get("sample")
             if drafts is not None and plain and draft.applies(cache):
-                written = draft.verify(self.llm, embeds, mask, cache, drafts, max_new_tokens.tolist(), vote)
+                written = draft.verify(self.llm, embeds, mask, cache, drafts, max_new_tokens.tolist(), vote, end_prob)
                 return [[text] for text in written.texts]
-            return beam_search(self.llm, embeds, mask, cache, max_new_tokens, vote=vote, **search)
+            return beam_search(self.llm, embeds, mask, cache, max_new_tokens, vote=vote, end_prob=end_prob, **search)
 
     def for_decoding(self) -> "SpeechLLM":
         """As fast as it goes (see inference.py), the projector in the encoder's precision."""

@@ -119,6 +119,7 @@ class Prompt:
         self.word_ids = [*before, *after]
         words = [SPEECH_INDEX - 1 - row for row in range(len(self.word_ids))] if settings["soft_prompt"] else self.word_ids
         self.ids = [*words[: len(before)], SPEECH_INDEX, *words[len(before) :]]
+        self.context: list[int] = tokenizer("\n").input_ids  # behind which an LLM without a prompt writes a text
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids(text.end_of_turn)
         self.spelling = Spelling(tokenizer, settings["ctc_tokens"]) if settings["splice"] == "tokens" else None
 

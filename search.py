@@ -5,6 +5,7 @@ the batch, and so does a beam that has fallen too far behind. Greedy search is t
 transformers' processors and the CTC's vote (ctc.py).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,15 @@ class Found(NamedTuple):
 
 
 NOTHING = Found([], False, NEVER, NEVER)  # where no token has a score: of logits that are not finite
+
+
+def constant_ends(logits: Tensor, ends: Tensor, prob: float | None) -> Tensor:
+    """Logits (…, vocabulary) by which a text ends with this probability, whatever it says; None: as they are."""
+    if prob is None:
+        return logits
+    others = logits.index_fill(-1, ends, -torch.inf).logsumexp(-1, keepdim=True)  # (…, 1)
+    each = others + math.log(prob / (1 - prob) / len(ends))
+    return logits.index_copy(-1, ends, each.expand(*others.shape[:-1], len(ends)))
 
 
 class Sample:
@@ -83,6 +93,7 @@ def beam_search(
     vote: CTCPrefixScore | None = None,
     processors: Sequence[LogitsProcessor] = (),
     sample: Sample | None = None,
+    end_prob: float | None = None,
 ) -> list[list[Found]]:
     """For each prompt embeds (B, T, D), mask (B, T), of which `cache` holds the first positions, up to `num_beams` texts,
     the best first; row i may write limits[i] tokens.
@@ -90,7 +101,8 @@ def beam_search(
     A text's score is the sum of its tokens' after `processors` and `vote`, and texts are ranked by score / tokens **
     length_penalty. A beam stays while it is among the `num_beams` best of its clip and at most `threshold` below the best
     of them and of the finished texts; all of a clip end when the best of them is no better than the worst of `num_beams`
-    finished texts. What a finished text is worth to them is what they would have to score to rank alike.
+    finished texts. What a finished text is worth to them is what they would have to score to rank alike. `end_prob`: see
+    constant_ends.
     """
     config, embed, device = llm.generation_config, llm.get_input_embeddings(), embeds.device
     ends = torch.tensor(config.eos_token_id, device=device)
@@ -110,7 +122,7 @@ def beam_search(
         output = llm(
             inputs_embeds=x, attention_mask=mask, position_ids=position, cache=cache, use_cache=True, logits_to_keep=1
         )
-        logits = output.logits[:, -1].float()  # (R, vocabulary)
+        logits = constant_ends(output.logits[:, -1].float(), ends, end_prob)  # (R, vocabulary)
         scores = own = logits.log_softmax(-1)
         if processors:  # transformers' greedy search has them shape logits, its beam search log-probabilities
             scores = own if num_beams > 1 else logits

@@ -101,6 +101,9 @@ class ModelArguments:
         return self.checkpoint or self.projector_model_path
 
 
+# how to decode with a checkpoint, if it was chosen for it: recognize.py's defaults, written into config.json by hand
+CHOSEN = ("decoder", "length_bonus")
+
 # what a checkpoint fixes, by splice; a kernel of None is as wide as the stride
 DEFAULTS = {
     "frames": {
@@ -140,7 +143,7 @@ def resolve_settings(args: ModelArguments, path: str | Path | None) -> dict:
         raise InputError(f"{given} differs from {path} (trained with {trained}): {REMEDY}")
     settings = dict(DEFAULTS[args.splice or "tokens"])
     settings |= {key: given for key, given in flags.items() if given is not None}
-    settings |= {key: stored[key] for key in (*flags, "prompt", "ctc_tokens", "length_bonus") if key in stored}
+    settings |= {key: stored[key] for key in (*flags, "prompt", "ctc_tokens", *CHOSEN) if key in stored}
     settings["projector_kernel"] = settings["projector_kernel"] or settings["projector_stride"]
     settings["encoder"] = {"name": args.whisper_model_name_or_path or stored.get("encoder", {}).get("name")}
     settings["llm"] = {"name": args.llm_model_name_or_path or stored.get("llm", {}).get("name")}
@@ -191,9 +194,8 @@ def read_settings(path: str | Path) -> dict:
     return settings
 
 
-# two copies of one model may lie anywhere, the fingerprint decides; llm_reads: a training has got past its align phase;
-# length_bonus: what recognize.py takes, for a checkpoint that it was chosen for
-_INFORMATIVE = ("name", "versions", "llm_reads", "length_bonus")
+# two copies of one model may lie anywhere, the fingerprint decides; llm_reads: a training has got past its align phase
+_INFORMATIVE = ("name", "versions", "llm_reads", *CHOSEN)
 
 
 def differences(stored: Any, built: Any, where: str = "") -> list[str]:

@@ -42,6 +42,9 @@ from transcript import Hypothesis, Transcript, timed_words
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS_PER_SECOND = 12  # fast speech has about 5 words a second; digits and names cost 2 tokens each
 SPARE_TOKENS = 8
+# the CTC's weight beside the LLM, and what each of its tokens in a text adds to the score
+VOTES = {"ctc": (1.0, 0.0), "llm": (0.0, 0.0), "joint": (0.6, 0.0), "fusion": (0.9, 2.5)}
+END_PROB = 0.05  # in fusion: an LLM without a prompt does not know that a text ends where the speech does
 BEAM_THRESHOLD = 8.0  # with half of it, or none, the WER of 471 prompts differs by at most 0.1
 
 
@@ -52,14 +55,19 @@ class DecodeArguments:
         default=None,
         metadata={"help": "Files to write: .txt .jsonl .tsv .srt .vtt; of a --data_path result.txt, else the screen."},
     )
-    decoder: Literal["auto", "ctc", "llm", "joint"] = field(
+    decoder: Literal["auto", "ctc", "llm", "joint", "fusion"] = field(
         default="auto",
-        metadata={"help": "ctc: no LLM runs; llm: it alone; joint: both vote. auto: as the checkpoint was trained."},
+        metadata={
+            "help": "ctc: no LLM runs; llm: it alone; joint: both vote; fusion: so too, but the LLM hears nothing and is "
+            "as it was before it was trained. auto: the checkpoint's, or as it was trained."
+        },
     )
-    joint_weight: float = field(default=0.6, metadata={"help": "Of the CTC's log-probability beside the LLM's."})
+    joint_weight: float | None = field(
+        default=None, metadata={"help": "Of the CTC's log-probability beside the LLM's; 0.6, in fusion 0.9."}
+    )
     length_bonus: float | None = field(
         default=None,
-        metadata={"help": "In a joint search, for each of the CTC's tokens in a text; the checkpoint's, or 0."},
+        metadata={"help": "For each of the CTC's tokens in a text; in fusion 2.5, in joint the checkpoint's, or 0."},
     )
     num_beams: int = field(default=4, metadata={"help": "1 is greedy."})
     beam_threshold: float | None = field(
@@ -98,7 +106,7 @@ class DecodeArguments:
         for name in ("num_beams", "nbest", "batch_size", "batch_seconds", "max_new_tokens"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise InputError(f"--{name} must be at least 1")
-        if not 0 <= self.joint_weight < math.inf:
+        if self.joint_weight is not None and not 0 <= self.joint_weight < math.inf:
             raise InputError("--joint_weight must not be negative (0: the LLM alone)")
         if self.length_bonus is not None and not 0 <= self.length_bonus < math.inf:
             raise InputError("--length_bonus must not be negative (0: off)")
@@ -141,10 +149,24 @@ class Transcriber:
     def _decoder(self, args: DecodeArguments) -> str:
         args.check()
         auto = "llm" if not self.model.ctc else "joint" if self.model.settings["llm_reads"] else "ctc"
-        decoder = auto if args.decoder == "auto" else args.decoder
+        decoder = self.model.settings.get("decoder", auto) if args.decoder == "auto" else args.decoder
+        if decoder not in VOTES:
+            raise InputError(f"config.json of the checkpoint: decoder {decoder!r} is none of {', '.join(VOTES)}")
         if decoder != "llm" and not self.model.ctc:
             raise InputError(f"--decoder {decoder} needs a checkpoint trained with --splice tokens")
+        if decoder == "fusion" and args.joint_weight == 0:
+            raise InputError("--decoder fusion needs a --joint_weight above 0: its LLM hears nothing")
         return decoder
+
+    def vote(self, decoder: str, args: DecodeArguments) -> tuple[float, float]:
+        """The CTC's weight beside the LLM, and what each of its tokens in a text adds to the score."""
+        weight, bonus = VOTES[decoder]
+        if decoder == "joint":
+            bonus = self.model.settings.get("length_bonus", bonus)
+        if decoder in ("joint", "fusion"):
+            weight = weight if args.joint_weight is None else args.joint_weight
+            bonus = bonus if args.length_bonus is None else args.length_bonus
+        return weight, bonus
 
     @cached_property
     def spelling(self) -> Tensor:
@@ -244,7 +266,7 @@ class Transcriber:
             texts = map(self._text, paths) if args.draft else ()
             drafts = [answer_ids(self.prompt.tokenizer, text, spoken=True) for text in texts] or None
             written = self._write(batch, clips, args, decoder, heard, drafts)
-        weight = {"ctc": 1.0, "llm": 0.0, "joint": args.joint_weight}[decoder]
+        weight, _ = self.vote(decoder, args)
         hypotheses = []
         for readings, clip, path, log_probs, length in zip(
             written, clips, paths, *(part.cpu() for part in heard), strict=True
@@ -275,12 +297,13 @@ class Transcriber:
         threshold = BEAM_THRESHOLD if args.nbest == 1 else math.inf
         threshold = threshold if args.beam_threshold is None else args.beam_threshold
         search: dict[str, Any] = {"num_beams": args.num_beams, "threshold": threshold}
-        default = 0.0 if decoder == "joint" else 1.0  # the joint score is a sum: no average over its length
+        default = 1.0 if decoder == "llm" else 0.0  # the joint score is a sum: no average over its length
         search["length_penalty"] = default if args.length_penalty is None else args.length_penalty
-        if decoder == "joint":
-            own = self.model.settings.get("length_bonus", 0.0)
-            bonus = own if args.length_bonus is None else args.length_bonus
-            search |= {"joint_weight": args.joint_weight, "length_bonus": bonus, "spelling": self.spelling}
+        if decoder != "llm":
+            weight, bonus = self.vote(decoder, args)
+            search |= {"joint_weight": weight, "length_bonus": bonus, "spelling": self.spelling}
+        if decoder == "fusion":
+            search |= {"context": torch.tensor(self.prompt.context, device=self.device), "end_prob": END_PROB}
         processors: list[LogitsProcessor] = []
         processors += [RepetitionPenaltyLogitsProcessor(args.repetition_penalty)] if args.repetition_penalty != 1 else []
         processors += [NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)] if args.no_repeat_ngram_size else []

@@ -43,11 +43,12 @@ from manifest import read_manifest
 from score import normalizer, score
 from search import Found
 from settings import InputError, ModelArguments, one_line_errors
-from transcriber import DecodeArguments, Transcriber, use_shipped
+from transcriber import VOTES, DecodeArguments, Transcriber, use_shipped
 from transcript import Hypothesis
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = whisper.audio.SAMPLE_RATE
+SEARCHING = [decoder for decoder in VOTES if decoder != "ctc"]
 
 
 @dataclass
@@ -231,8 +232,8 @@ def ratio(run: Decoding) -> None:
     """The published way and ours, of the same clips."""
     args, beams = run.args, run.args.num_beams
     rows = [run.theirs(1), run.theirs(beams), run.row("ctc")]
-    rows += [run.row(decoder, 1, drafts) for decoder in ("llm", "joint") for drafts in (False, True)]
-    rows += [run.row(decoder, beams) for decoder in ("llm", "joint")]
+    rows += [run.row(decoder, 1, drafts) for decoder in SEARCHING for drafts in (False, True)]
+    rows += [run.row(decoder, beams) for decoder in SEARCHING]
     seconds = sum(map(len, run.clips)) / RATE
     print(f"\n{len(run.clips)} clips, {seconds:.0f} s, batches of at most {args.batch_size}, {args.repetitions} repetitions")
     run.time(rows, run.clips, args.repetitions)
@@ -249,8 +250,8 @@ def ratio(run: Decoding) -> None:
 
 
 def some_rows(run: Decoding, size: int) -> list[Row]:
-    rows = [run.row("ctc", batch_size=size), run.row("llm", 1, True, size), run.row("joint", 1, False, size)]
-    return [*rows, run.row("joint", 1, True, size), run.row("joint", run.args.num_beams, batch_size=size)]
+    rows = [run.row("ctc", batch_size=size), run.row("llm", 1, True, size), run.row("fusion", 1, False, size)]
+    return [*rows, run.row("fusion", 1, True, size), run.row("fusion", run.args.num_beams, batch_size=size)]
 
 
 def sweep(run: Decoding, what: str, points: list[tuple[str, list[Row], list[np.ndarray]]]) -> None:

@@ -24,7 +24,7 @@ from audio import load_audio
 from manifest import Record, read_manifest
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors
-from transcriber import DecodeArguments, Transcriber, use_shipped
+from transcriber import VOTES, DecodeArguments, Transcriber, use_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")
@@ -43,15 +43,16 @@ def wer(records: list[Record], texts: Sequence[str]) -> str:
     return f"{100 * rate:.1f}"
 
 
-def decoders(beams: Sequence[int], weights: Sequence[float], chosen: Sequence[str]) -> dict[str, dict]:
+def decoders(beams: Sequence[int], weights: Sequence[float | None], chosen: Sequence[str]) -> dict[str, dict]:
     """Rows of the table: DecodeArguments' fields by name."""
-    rows = {"ctc": {"decoder": "ctc"}}
-    for weight in (None, *weights):
-        for count in beams:
-            name = "llm" if weight is None else f"joint {weight:g}"
-            search = {"decoder": "llm"} if weight is None else {"decoder": "joint", "joint_weight": weight}
-            rows[f"{name}, {'greedy' if count == 1 else f'beam {count}'}"] = search | {"num_beams": count}
-    return {name: row for name, row in rows.items() if row["decoder"] in chosen}
+    rows = {"ctc": {"decoder": "ctc"}} if "ctc" in chosen else {}
+    for decoder in [decoder for decoder in ("llm", "joint", "fusion") if decoder in chosen]:
+        for weight in [None] if decoder == "llm" else weights:
+            for count in beams:
+                name = "llm" if decoder == "llm" else f"{decoder} {weight or VOTES[decoder][0]:g}"
+                search = {"decoder": decoder, "joint_weight": weight, "num_beams": count}
+                rows[f"{name}, {'greedy' if count == 1 else f'beam {count}'}"] = search
+    return rows
 
 
 def accuracy(transcriber: Transcriber, name: str, sets: dict[str, list[Record]]) -> None:
@@ -78,14 +79,14 @@ def invariance(transcriber: Transcriber, name: str, sets: dict[str, list[Record]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", default=[str(ROOT / "demo" / "pretrained")])
-    parser.add_argument("--joint_weight", type=float, nargs="*", default=[DecodeArguments.joint_weight])
+    parser.add_argument("--joint_weight", type=float, nargs="*", default=[None])
     parser.add_argument("--length_bonus", type=float, default=DecodeArguments.length_bonus)
     parser.add_argument("--beam_threshold", type=float, default=DecodeArguments.beam_threshold)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="1 is greedy")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--decoders", nargs="*", choices=["ctc", "llm", "joint"], default=["ctc", "llm", "joint"])
+    parser.add_argument("--decoders", nargs="*", choices=VOTES, default=VOTES)
     parser.add_argument("--without_whisper", action="store_true", help="leave out the row of Whisper itself")
     parser.add_argument("--invariance", action="store_true", help="batches of 1 against those of --batch_size instead")
     parser.add_argument("--sets", nargs="*", default=["dev", "test", "librivox"])

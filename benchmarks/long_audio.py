@@ -60,7 +60,7 @@ def errors(pairs: list[tuple[str, str]]) -> Counts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--decoder", choices=["auto", "ctc", "llm", "joint"], default="auto")
+    parser.add_argument("--decoder", choices=["auto", "ctc", "llm", "joint", "fusion"], default="auto")
     parser.add_argument("--num_beams", type=int, default=DecodeArguments.num_beams)
     parser.add_argument("--batch_size", type=int, default=DecodeArguments.batch_size)
     parser.add_argument("--vad", nargs="+", choices=list(longform.DETECTORS), default=["energy"])

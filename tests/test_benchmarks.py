@@ -112,6 +112,7 @@ def test_decoders_prints_a_row_for_every_beam_and_what_a_batch_changes(real, mon
     """Greedy is a beam of one; the CTC alone has none. In float32 no text depends on its batch."""
     rows = decoders.decoders([1, 3], [0.8], ["llm", "joint"])
     assert list(rows) == ["llm, greedy", "llm, beam 3", "joint 0.8, greedy", "joint 0.8, beam 3"]
+    assert list(decoders.decoders([4], [None], ["ctc", "fusion"])) == ["ctc", "fusion 0.9, beam 4"]
     assert rows["joint 0.8, beam 3"] == {"decoder": "joint", "joint_weight": 0.8, "num_beams": 3}
     argv = ["decoders.py", "--sets", "test", "--clips", "2", "--decoders", "ctc", "--device", "cpu", "--without_whisper"]
     monkeypatch.setattr(sys, "argv", argv)

@@ -101,8 +101,10 @@ class Scripted:
 
     def __init__(self, *answers: list[Hypothesis], ctc: bool = True, **options):
         self.answers, self.asked = list(answers), []
-        self.model, self.args = SimpleNamespace(ctc=ctc), DecodeArguments(**options)
+        self.model, self.args = SimpleNamespace(ctc=ctc, settings={}), DecodeArguments(**{"decoder": "joint"} | options)
         self.decoder = self.args.decoder
+
+    vote = Transcriber.vote
 
     def hypotheses(self, clips, **search):
         replace(self.args, **search).check()
@@ -187,7 +189,8 @@ def test_out_of_memory_when_decoding_again_keeps_what_was_found():
         return [heard("please hold")]
 
     calls: list[int] = []
-    found = decode(SimpleNamespace(**vars(transcriber) | {"hypotheses": hypotheses}), [SPEECH] * 3)
+    transcriber.hypotheses = hypotheses
+    found = decode(transcriber, [SPEECH] * 3)
     assert [one.text for one in found] == ["please hold"] * 3
     assert "ctc_text" in found[0].flags
     assert "ctc_text" not in found[2].flags

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor
 
-from search import NOTHING, Sample, beam_search
+from search import NOTHING, Sample, beam_search, constant_ends
 
 V, END = 5, 4
 
@@ -144,6 +144,15 @@ def test_scores_that_are_not_finite_lose_no_clip():
     for seed in range(5):
         sampled = TableLLM(seed).search([0], [4], threshold=8.0, sample=Sample(1e-6, [seed]))
         assert sampled[0][0].ids
+
+
+def test_an_end_of_constant_probability_leaves_the_others_their_shares():
+    logits, ends = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 7])
+    probs = constant_ends(logits, ends, 0.2).softmax(-1)
+    torch.testing.assert_close(probs[..., ends], torch.full((2, 3, 2), 0.1))
+    others = [i for i in range(9) if i not in (2, 7)]
+    torch.testing.assert_close(probs[..., others], 0.8 * logits[..., others].softmax(-1))
+    assert constant_ends(logits, ends, None) is logits
 
 
 def test_a_repetition_penalty_of_greedy_search_shapes_logits():

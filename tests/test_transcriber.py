@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ import soxr
 import torch
 from conftest import DATA, RATE, audio, build_system
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from audio import load_audio, log_mel, samples_of, speech_vectors, vector_seconds
 from ctc import forced_alignment, greedy_path, log_likelihood
@@ -21,7 +23,7 @@ from dataset import SpeechCollator
 from manifest import read_manifest
 from search import Sample
 from settings import IGNORE_INDEX, InputError
-from transcriber import DecodeArguments, Transcriber
+from transcriber import END_PROB, DecodeArguments, Transcriber
 from transcript import Hypothesis, Segment, Word, joined, timed_words
 
 
@@ -360,12 +362,69 @@ def test_the_bonus_is_the_checkpoints_unless_given(tokens, monkeypatch):
     assert given == [0.0, 0.7, 0.0, 0.4, 0.7, 0.0]
 
 
-def test_a_bonus_goes_along_when_a_checkpoint_is_trained_further(tiny, tmp_path):
+def test_how_to_decode_goes_along_when_a_checkpoint_is_trained_further(tiny, tmp_path):
     model = build_system(tiny.qwen2, tiny.whisper, splice="tokens").model
-    model.settings["length_bonus"] = 1.2
+    chosen = {"length_bonus": 1.2, "decoder": "fusion"}
+    model.settings |= chosen
     model.save_checkpoint(tmp_path / "start")
-    build_system(tiny.qwen2, tiny.whisper, checkpoint=str(tmp_path / "start")).model.save_checkpoint(tmp_path / "end")
-    assert json.loads((tmp_path / "end/config.json").read_text())["length_bonus"] == 1.2
+    further = build_system(tiny.qwen2, tiny.whisper, checkpoint=str(tmp_path / "start"))
+    assert transcriber(further).decoder == "fusion"
+    assert transcriber(further, decoder="joint").decoder == "joint"
+    further.model.save_checkpoint(tmp_path / "end")
+    assert chosen.items() <= json.loads((tmp_path / "end/config.json").read_text()).items()
+    further.model.settings["decoder"] = "magic"
+    with pytest.raises(InputError, match=r"config.json of the checkpoint: decoder 'magic' is none of ctc, llm"):
+        transcriber(further)
+
+
+def language_model_score(llm, context, ids, ends, end_prob):
+    """log P of these tokens behind the context, by one forward pass: the end has `end_prob`, the others share the rest."""
+    with torch.no_grad():
+        logits = llm(input_ids=torch.tensor([context + ids])).logits[0, len(context) - 1 : -1].double()
+    total = 0.0
+    for row, id in zip(logits, ids, strict=True):
+        row[ends] = -torch.inf
+        total += math.log(end_prob) if id in ends else math.log(1 - end_prob) + row.log_softmax(-1)[id].item()
+    return total
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_in_fusion_the_llm_hears_nothing_and_is_as_it_was(tiny, num_beams, prepared, as_ids):
+    """Texts are scored by the LLM without LoRA, soft prompt or speech, and the CTC; afterwards LoRA is there again."""
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens", lora_r=4)
+    for name, p in system.model.llm.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, std=0.5)
+    clips = [audio(1.7, 1), audio(0.8, 2)]
+    joint = partial(transcriber, system, decoder="joint", num_beams=num_beams)
+    before = [(h.text, h.score) for h in joint().hypotheses(clips)]
+    if prepared:
+        system.model.for_decoding()
+    one = transcriber(system, decoder="fusion", num_beams=num_beams, joint_weight=0.7)
+    llm = AutoModelForCausalLM.from_pretrained(tiny.qwen2)
+    ends = system.model.llm.generation_config.eos_token_id
+    found = one.hypotheses(clips)
+    for hypothesis, clip in zip(found, clips, strict=True):
+        ids = json.loads(hypothesis.text)
+        mel = log_mel(clip, 80)
+        row, frames = system.model.hear(mel[None], torch.tensor([mel.shape[1]]))
+        voted = log_likelihood(row[0, :frames], [system.prompt.spelling(ids)])[0]
+        own = language_model_score(llm, system.prompt.context, ids, ends, END_PROB)
+        assert hypothesis.score == pytest.approx(own + 0.7 * voted, abs=2e-3)
+    if num_beams == 1:  # a draft changes nothing
+        plain = replace(one.args, draft=False)
+        assert [h.text for h in Transcriber(system.model, system.prompt, plain).hypotheses(clips)] == [h.text for h in found]
+    after = [(h.text, h.score) for h in joint().hypotheses(clips)]
+    assert [text for text, _ in after] == [text for text, _ in before]
+    assert [score for _, score in after] == pytest.approx([score for _, score in before], abs=2e-3)
+
+
+def test_fusion_needs_the_vote_of_a_ctc(tokens, tiny):
+    with pytest.raises(InputError, match="--decoder fusion needs a --joint_weight above 0"):
+        transcriber(tokens, decoder="fusion", joint_weight=0.0)
+    with pytest.raises(InputError, match="--decoder fusion needs a checkpoint trained with --splice tokens"):
+        transcriber(build_system(tiny.qwen2, tiny.whisper), decoder="fusion")
 
 
 def test_the_first_of_the_nbest_of_a_long_recording_is_its_text():
@@ -425,7 +484,7 @@ def test_what_the_ctc_cannot_spell_has_no_words(shipped):
 # --- company
 
 
-@pytest.mark.parametrize(("decoder", "num_beams"), [("ctc", 1), ("llm", 1), ("joint", 2)])
+@pytest.mark.parametrize(("decoder", "num_beams"), [("ctc", 1), ("llm", 1), ("joint", 2), ("fusion", 3)])
 def test_size_order_and_company_of_a_batch_never_change_a_text(shipped, prompts, decoder, num_beams):
     """With the real models, in float32; in bfloat16 benchmarks/decoders.py --invariance counts."""
     one = partial(shipped.hypotheses, decoder=decoder, num_beams=num_beams)
