@@ -5,8 +5,9 @@ Scores are natural logarithms of probabilities, summed over a text (`tokens` ter
     llm    log P_LLM(tokens, end of turn | speech), of the LLM itself, whatever penalties and limits shaped the search
     ctc    log P_CTC(tokens | speech), of all paths that say them
     joint  the LLM's plus --joint_weight times the CTC's, without the bonus by which the search chose
+    fusion the same of an LLM that hears nothing, where the end of turn has one probability after any token
 
-What the guard has decoded again (its flags say so) has the score of that search: joint with twice the weight, or ctc.
+What the guard has decoded again (its flags say so) has the score of that search: twice the weight, or ctc.
 
 A text that was cut off at its limit has no end of turn: it is scored without one.
 """
