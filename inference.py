@@ -16,10 +16,11 @@ PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # torch's compiler uses 
 ROOM = 32  # positions by which a beam search's cache grows
 
 
-def prepare(model: nn.Module) -> None:
-    """Merge LoRA into the weights beside it; on a CPU, have the weights in the order that its products want."""
+def prepare(model: nn.Module, keep_plain: bool) -> None:
+    """Merge LoRA into the weights beside it, or with `keep_plain` into copies of them; on a CPU, have the weights in the
+    order that its products want."""
     model.requires_grad_(False)
-    replace(model, lambda module: hasattr(module, "lora_A"), Merged)
+    replace(model, lambda module: hasattr(module, "lora_A"), Merged if keep_plain else merged)
     if PACKS and next(model.parameters()).device.type == "cpu":
         replace(model, lambda module: type(module) is nn.Linear, packed)
 
@@ -37,22 +38,38 @@ def replace(model: nn.Module, chosen: Callable[[nn.Module], bool], made: Callabl
         setattr(model.get_submodule(parent), own, made(model.get_submodule(name)))
 
 
+def merged(module: nn.Module) -> nn.Module:
+    """peft's layer → the layer it adapts, with the adapter added to its weight: the same sum in one product, not three."""
+    module.merge()
+    return module.get_base_layer()
+
+
 class Merged(nn.Module):
-    """Of peft's layer the one it adapts, with the adapter added to its weight: the same sum in one product, not three. The
-    layer as it was stays beside it, for `without_adapters`."""
+    """That, and the layer as it was, for `without_adapters`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.plain = copy.deepcopy(module.get_base_layer())
-        module.merge()
-        self.adapted = module.get_base_layer()
+        self.adapted = merged(module)
         self.enabled = True
 
     def enable_adapters(self, enabled: bool) -> None:
         self.enabled = enabled
 
+    @property
+    def layer(self) -> nn.Module:
+        return self.adapted if self.enabled else self.plain
+
+    @property
+    def weight(self) -> Tensor:  # some LLMs look at it
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        return (self.adapted if self.enabled else self.plain)(x)
+        return self.layer(x)
 
 
 @contextmanager

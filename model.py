@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -91,6 +92,7 @@ class SpeechLLM(nn.Module):
         # while training; a GPU's cost is launches: not measured there
         self.share_prompt = not torch.accelerator.is_available()
         self.prepared = False  # to decode: its weights no longer change
+        self.turn = Lock()  # of threads that decode with it
         self.begun: tuple[Tensor, DynamicCache] | None = None
         self.train(False)
 
@@ -321,7 +323,7 @@ class SpeechLLM(nn.Module):
     def for_decoding(self) -> "SpeechLLM":
         """As fast as it goes (see inference.py), the projector in the encoder's precision."""
         self.projector.to(next(self.encoder.parameters()).dtype)
-        inference.prepare(self)
+        inference.prepare(self, keep_plain=self.ctc is not None)
         self.prepared = True
         return self
 

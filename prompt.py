@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from settings import IGNORE_INDEX, REMEDY, SPEECH_INDEX, InputError, cannot_load
 
 SLOT = "{speech}"
+DOCUMENT = "<|endoftext|>"  # so a text begins in the pretraining of SmolLM2 and Qwen; tokenizers of LLaMA add its own themselves
 DEFAULT_PROMPT = {
     "frames": f"Speech: {SLOT}\nWrite down the words that were spoken.",
     "tokens": f"Here are the words:{SLOT}\nWrite down the exact words that were spoken above.",
@@ -119,8 +120,11 @@ class Prompt:
         self.word_ids = [*before, *after]
         words = [SPEECH_INDEX - 1 - row for row in range(len(self.word_ids))] if settings["soft_prompt"] else self.word_ids
         self.ids = [*words[: len(before)], SPEECH_INDEX, *words[len(before) :]]
-        self.context: list[int] = tokenizer("\n").input_ids  # behind which an LLM without a prompt writes a text
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids(text.end_of_turn)
+        line = [id for id in tokenizer("\n").input_ids if id != tokenizer.eos_token_id]
+        start = tokenizer.added_tokens_encoder.get(DOCUMENT) if line[:1] != [tokenizer.bos_token_id] else None
+        # what an LLM that hears nothing continues; decoding was best with both
+        self.context: list[int] = ([] if start is None else [start]) + line or [self.end_of_turn]
         self.spelling = Spelling(tokenizer, settings["ctc_tokens"]) if settings["splice"] == "tokens" else None
 
     @classmethod

@@ -73,7 +73,8 @@ def run(model_args: ModelArguments, args: DecodeArguments, files: Sequence[str] 
     transcriber = Transcriber.from_arguments(model_args, args)
     with one_line_os_errors(paths[0]):
         options = {name: value for name, value in asdict(args).items() if name not in NO_MATTER}
-        options["decoder"] = transcriber.decoder  # of auto the checkpoint's, which its weights do not tell
+        options["decoder"] = decoder = transcriber.decoder  # the checkpoint's defaults, which its weights do not tell
+        options["joint_weight"], options["length_bonus"] = transcriber.vote(decoder, args)
         progress = Progress(paths[0], desk, identity(records, weights_file(model_args.start()), options), len(records))
         return into_files(transcriber, records, progress, Summary(references), paths)
 

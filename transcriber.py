@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from zlib import crc32
 
@@ -79,7 +78,9 @@ class DecodeArguments:
     nbest: int = field(default=1, metadata={"help": "So many texts a clip with their scores; at most --num_beams."})
     length_penalty: float | None = field(
         default=None,
-        metadata={"help": "Beams are ranked by score / tokens ** this. By default 1 for llm; 0 for joint: the sum itself."},
+        metadata={
+            "help": "Beams are ranked by score / tokens ** this. By default 1 for llm; 0 for the others: the sum itself."
+        },
     )
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes tokens that were written less likely."})
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "No so many tokens twice in a text; 0: off."})
@@ -126,6 +127,11 @@ class DecodeArguments:
             raise InputError("--temperature samples one text: give --num_beams 1")
 
 
+def as_trained(model: SpeechLLM) -> str:
+    """The decoder in which all that was trained has its part."""
+    return "llm" if not model.ctc else "joint" if model.settings["llm_reads"] else "ctc"
+
+
 class Reading(NamedTuple):
     """A text that a search came to."""
 
@@ -144,13 +150,12 @@ class Transcriber:
         self.decoder = self._decoder(args)
         DETECTORS[args.vad]()  # a missing package is told before the first file
         self.device = next(model.parameters()).device
-        self.turn = Lock()
 
     def _decoder(self, args: DecodeArguments) -> str:
         args.check()
-        auto = "llm" if not self.model.ctc else "joint" if self.model.settings["llm_reads"] else "ctc"
-        decoder = self.model.settings.get("decoder", auto) if args.decoder == "auto" else args.decoder
-        if decoder not in VOTES:
+        auto = self.model.settings.get("decoder") or as_trained(self.model)
+        decoder = auto if args.decoder == "auto" else args.decoder
+        if decoder not in list(VOTES):
             raise InputError(f"config.json of the checkpoint: decoder {decoder!r} is none of {', '.join(VOTES)}")
         if decoder != "llm" and not self.model.ctc:
             raise InputError(f"--decoder {decoder} needs a checkpoint trained with --splice tokens")
@@ -245,7 +250,7 @@ class Transcriber:
         wrong = [f"{len(clip) / SAMPLE_RATE:.2f} s" for clip in clips if not self.usable(clip)]
         if wrong:
             raise InputError(f"clips must be one projector window to 30 s long, not {', '.join(wrong)}: longform.cut helps")
-        with self.turn, inference.no_gradients(self.model):
+        with self.model.turn, inference.no_gradients(self.model):
             return self._decode(clips, args, decoder) if clips else []
 
     def _decode(self, clips: Sequence[np.ndarray], args: DecodeArguments, decoder: str) -> list[Hypothesis]:

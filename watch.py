@@ -36,7 +36,7 @@ from dataset import SpeechCollator, SpeechDataset
 from model import SpeechLLM
 from score import score
 from settings import IGNORE_INDEX, InputError
-from transcriber import DecodeArguments, Transcriber
+from transcriber import DecodeArguments, Transcriber, as_trained
 
 HERE = Path(__file__).resolve().parent
 DEAF, EVALUATIONS = 0.05, 3  # a hearing gap below so many nats a token, so many times in a row: it does not hear
@@ -138,7 +138,7 @@ def dev_metrics(trainer: Trainer, dataset: SpeechDataset) -> dict[str, float]:
         own, other, tokens = (sum(column) for column in zip(*gather(losses), strict=True))
         metrics["hearing_gap"] = (other - own) / tokens
     if args.predict_with_generate:
-        transcriber = Transcriber(model, dataset.prompt, DecodeArguments(num_beams=1))
+        transcriber = Transcriber(model, dataset.prompt, DecodeArguments(decoder=as_trained(model), num_beams=1))
         written = {}
         for group in groups:
             clips = [load_audio(*dataset.record(i).part)[0] for i in group]

@@ -49,7 +49,7 @@ def decoders(beams: Sequence[int], weights: Sequence[float | None], chosen: Sequ
     for decoder in [decoder for decoder in ("llm", "joint", "fusion") if decoder in chosen]:
         for weight in [None] if decoder == "llm" else weights:
             for count in beams:
-                name = "llm" if decoder == "llm" else f"{decoder} {weight or VOTES[decoder][0]:g}"
+                name = "llm" if decoder == "llm" else f"{decoder} {VOTES[decoder][0] if weight is None else weight:g}"
                 search = {"decoder": decoder, "joint_weight": weight, "num_beams": count}
                 rows[f"{name}, {'greedy' if count == 1 else f'beam {count}'}"] = search
     return rows

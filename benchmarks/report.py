@@ -23,6 +23,7 @@ from whisper.audio import SAMPLE_RATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import load_audio
+from inference import Merged
 from manifest import read_manifest
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors, weights_file
@@ -54,9 +55,12 @@ def hark(models: ModelArguments, args: argparse.Namespace, **options: object) ->
     files = [*llm.glob("*"), encoder, weights_file(models.checkpoint)]
     name = f"hark, {transcriber.decoder}" + (f", beam {options['num_beams']}" if "num_beams" in options else "")
     language_model = transcriber.model.llm
-    unused = parameters(language_model) if transcriber.decoder == "ctc" else 0
-    if not unused and language_model.config.tie_word_embeddings:  # packed, it is a copy of the embedding table
-        unused = language_model.get_output_embeddings().weight.numel()
+    # with and without LoRA a layer is there twice
+    unused = sum(parameters(module.plain) for module in language_model.modules() if isinstance(module, Merged))
+    if language_model.config.tie_word_embeddings:  # packed, it is a copy of the embedding table
+        unused += language_model.get_output_embeddings().weight.numel()
+    if transcriber.decoder == "ctc":
+        unused = parameters(language_model)
     return System(name, transcribe, files, parameters(transcriber.model) - unused)
 
 

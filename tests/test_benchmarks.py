@@ -57,7 +57,7 @@ def test_report_has_a_row_for_each_system(real, tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr()
     rows = cells(printed.out, "system")
-    assert list(rows) == ["hark, ctc", "hark, joint, beam 4", "whisper-tiny.en, beam 5"]
+    assert list(rows) == ["hark, ctc", "hark, fusion, beam 4", "whisper-tiny.en, beam 5"]
     assert rows["whisper-tiny.en, beam 5"][:2] == ["0.0", "0.0"]
     assert [row[4] for row in rows.values()] == ["11", "146", "37"]  # millions of parameters that run
     assert "no row for PocketSphinx: pip install pocketsphinx" in printed.err
@@ -140,9 +140,9 @@ def test_decode_throughput_prints_every_table(tiny, tmp_path, shape, monkeypatch
     output = capsys.readouterr().out
     ratio = cells(output, "row")
     assert list(ratio)[:3] == ["published, greedy", "published, beam 2", "ctc"]
-    assert len(ratio) == 9
+    assert len(ratio) == 12
     assert ratio["published, greedy"][1] == "1.0"
-    for name in ("llm, greedy, draft", "joint, greedy, draft"):
+    for name in ("llm, greedy, draft", "joint, greedy, draft", "fusion, greedy, draft"):
         assert re.fullmatch(r"\d+ %", ratio[name][3])
         if shape:  # every token, in one pass; an end that the limit sets is not written
             assert ratio[name][3:5] == ["100 %", "1.0"]

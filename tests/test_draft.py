@@ -76,7 +76,7 @@ def prompts_of(tokens):
     return batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": torch.tensor([21, 7, 12])}
 
 
-@pytest.mark.parametrize("decoder", ["llm", "joint"])
+@pytest.mark.parametrize("decoder", ["llm", "joint", "fusion"])
 @pytest.mark.parametrize("clips", [1, 3])
 def test_tiny_models_write_what_plain_greedy_search_writes(tokens, monkeypatch, decoder, clips):
     transcriber = Transcriber(tokens.model, tokens.prompt, DecodeArguments(device="cpu", decoder=decoder, num_beams=1))
@@ -122,7 +122,7 @@ def shipped(real):
     return Transcriber.from_arguments(models, DecodeArguments(device="cpu", dtype="float32", num_beams=1))
 
 
-@pytest.mark.parametrize("decoder", ["llm", "joint"])
+@pytest.mark.parametrize("decoder", ["llm", "joint", "fusion"])
 def test_the_shipped_checkpoint_writes_what_plain_greedy_search_writes(shipped, monkeypatch, decoder):
     """Six of the demo's clips, of 0.6 to 10 seconds: rows end at different steps, and the drafts are right in part."""
     clips = sorted((load_audio(record.wav)[0] for record in read_manifest(DATA / "test.jsonl")), key=len)[::12]

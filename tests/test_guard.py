@@ -147,6 +147,12 @@ def test_the_suspicious_alone_are_decoded_again_with_more_of_the_ctc_and_at_last
     assert transcriber.asked == [(4, {}), (3, search), (1, {"decoder": "ctc"})]
 
 
+def test_fusion_stays_fusion_with_more_of_the_ctc():
+    transcriber = Scripted([heard("please " * 9)], [heard("please hold")], decoder="fusion")
+    guarded(transcriber, [SPEECH])
+    assert [transcriber.asked[1][1][name] for name in ("decoder", "joint_weight")] == ["fusion", 1.8]
+
+
 def test_without_a_ctc_the_one_that_breaks_the_fewest_rules_is_kept_and_then_the_shortest():
     def kept(again: Hypothesis) -> Hypothesis:
         transcriber = Scripted([heard("go " * 60, None, False)], [again], ctc=False, decoder="llm", num_beams=6)

@@ -77,7 +77,7 @@ def test_precisions_that_a_processor_cannot_pack_stay_as_they_are(monkeypatch):
 def test_where_torch_has_no_packed_product_weights_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(inference, "PACKS", False)
     model = nn.Sequential(nn.Linear(2, 3))
-    inference.prepare(model)
+    inference.prepare(model, keep_plain=False)
     assert type(model[0]) is nn.Linear
     assert not model[0].weight.requires_grad
 

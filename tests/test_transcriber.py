@@ -416,6 +416,8 @@ def test_in_fusion_the_llm_hears_nothing_and_is_as_it_was(tiny, num_beams, prepa
         plain = replace(one.args, draft=False)
         assert [h.text for h in Transcriber(system.model, system.prompt, plain).hypotheses(clips)] == [h.text for h in found]
     after = [(h.text, h.score) for h in joint().hypotheses(clips)]
+    adapters = [p for name, p in system.model.named_parameters() if ".lora_" in name]
+    assert prepared or (adapters and all(p.requires_grad for p in adapters))  # a training goes on with them
     assert [text for text, _ in after] == [text for text, _ in before]
     assert [score for _, score in after] == pytest.approx([score for _, score in before], abs=2e-3)
 
