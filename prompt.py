@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from settings import IGNORE_INDEX, REMEDY, SPEECH_INDEX, InputError, cannot_load
 
 SLOT = "{speech}"
-DOCUMENT = "<|endoftext|>"  # so a text begins in the pretraining of SmolLM2 and Qwen; tokenizers of LLaMA add its own themselves
+DOCUMENT = "<|endoftext|>"  # so a text begins in the pretraining of SmolLM2 and Qwen; LLaMA's tokenizers add theirs
 DEFAULT_PROMPT = {
     "frames": f"Speech: {SLOT}\nWrite down the words that were spoken.",
     "tokens": f"Here are the words:{SLOT}\nWrite down the exact words that were spoken above.",
