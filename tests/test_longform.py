@@ -254,6 +254,6 @@ def test_silero_itself_finds_real_speech_in_noise():
 
 def test_a_missing_silero_is_named_before_the_first_file(monkeypatch):
     monkeypatch.setitem(sys.modules, "silero_vad", None)
-    model = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), ctc=None)
+    model = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), ctc=None, settings={})
     with pytest.raises(InputError, match="--vad silero needs the package silero-vad: pip install silero-vad"):
         Transcriber(model, None, DecodeArguments(vad="silero"))
