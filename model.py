@@ -293,15 +293,13 @@ class SpeechLLM(nn.Module):
             beams, vote = search.get("num_beams", 1), None
             if self.ctc:
                 log_probs, frames = heard or self.hear(mel, mel_length)
-                speech, length = self.ctc.soft_tokens(log_probs, frames)
                 if joint_weight:
                     ends = self.llm.generation_config.eos_token_id
                     best = None if search.get("sample") else beams + len(ends)  # that the search looks at
                     vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
-            else:
-                speech, length = self.listen(mel, mel_length)
             cache = DynamicCache(config=self.llm.config)
             if context is None:
+                speech, length = self.ctc.soft_tokens(log_probs, frames) if self.ctc else self.listen(mel, mel_length)
                 embeds, mask, _ = self.splice(input_ids, attention_mask, speech, length, padding_side="left")
                 shared = self._shared(input_ids, attention_mask)
             else:
