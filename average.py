@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from settings import InputError, differences, one_line_errors, parse, read_settings, read_weights, weights_file
+from settings import InputError, differences, first_line, one_line_errors, parse, read_settings, read_weights, weights_file
 
 
 @dataclass
@@ -50,12 +51,17 @@ def average(
             raise InputError(f"{weights_file(checkpoint)} has other tensors than {weights_file(first)}")
         for name, value in state.items():
             mean[name] = mean.get(name, 0) + weight / sum(weights) * value.float()
-    Path(out).mkdir(parents=True, exist_ok=True)
     reads = next((checkpoint for checkpoint in checkpoints if read_settings(checkpoint).get("llm_reads")), first)
-    shutil.copy(weights_file(reads).with_name("config.json"), out)  # the LLM has learned to read, if any of them has
     partial = Path(out) / "model.safetensors.partial"
-    save_file({name: value.to(dtype) for name, value in mean.items()}, partial, metadata={"format": "pt"})
-    os.replace(partial, Path(out) / "model.safetensors")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        shutil.copy(weights_file(reads).with_name("config.json"), out)  # the LLM has learned to read, if any of them has
+        save_file({name: value.to(dtype) for name, value in mean.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, Path(out) / "model.safetensors")
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        if partial.is_file():
+            partial.unlink()
+        raise InputError(f"{out}: cannot write ({first_line(error)})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,10 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, checkpoints = parse([AverageArguments], argv, files=True)
         if not checkpoints or not args.out:
             raise InputError("give checkpoints, and --out, the folder for their mean")
-        try:
-            average(checkpoints, args.weights, args.out, getattr(torch, args.dtype))
-        except OSError as error:
-            raise InputError(f"{error.filename or args.out}: cannot write ({error.strerror})") from None
+        average(checkpoints, args.weights, args.out, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ ROOM = 32  # positions by which a beam search's cache grows
 
 
 def prepare(model: nn.Module, keep_plain: bool) -> None:
-    """Merge LoRA into the weights beside it, or with `keep_plain` into copies of them; on a CPU, have the weights in the
-    order that its products want."""
+    """Merge LoRA into the weights beside it, with `keep_plain` beside copies of what they were; on a CPU, have the weights
+    in the order that its products want."""
     model.requires_grad_(False)
     replace(model, lambda module: hasattr(module, "lora_A"), Merged if keep_plain else merged)
     if PACKS and next(model.parameters()).device.type == "cpu":

@@ -55,7 +55,7 @@ class Outcome:
 
     def as_dict(self) -> dict:
         """A line of result.jsonl. confidence: the mean of its words'; where they are not known exp(score / tokens), the
-        geometric mean of its tokens' probabilities (joint scores have both votes in them and are no such thing)."""
+        geometric mean of its tokens' probabilities (scores of two votes are no such thing)."""
         known = asdict(self.transcript)
         confidence = math.exp(known["score"] / known["tokens"]) if known["tokens"] else None
         if known["words"]:

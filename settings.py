@@ -101,7 +101,8 @@ class ModelArguments:
         return self.checkpoint or self.projector_model_path
 
 
-# how to decode with a checkpoint, if it was chosen for it: recognize.py's defaults, written into config.json by hand
+# how to decode with a checkpoint, if it was chosen for it: recognize.py's defaults, written into config.json by hand; the
+# bonus is that of joint
 CHOSEN = ("decoder", "length_bonus")
 
 # what a checkpoint fixes, by splice; a kernel of None is as wide as the stride
@@ -170,7 +171,7 @@ def read_weights(path: str | Path) -> "dict[str, Tensor]":
     file = weights_file(path)
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not a readable safetensors file ({first_line(error)})") from None
 
 

@@ -88,7 +88,7 @@ class DecodeArguments:
         default=0.0, metadata={"help": "Above 0: sample instead of searching, by a seed that the clip's samples give."}
     )
     guard: Literal["on", "off"] = field(default="on", metadata={"help": "Against loops, refusals and text on silence."})
-    draft: bool = field(default=True, metadata={"help": "Greedy search verifies the CTC's text: faster, the same result."})
+    draft: bool = field(default=True, metadata={"help": "Greedy search verifies the CTC's text: fewer passes, same result."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Bounded by the clip's duration unless given."})
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, mps, cpu; the first that is there."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -157,6 +157,9 @@ class Transcriber:
         decoder = auto if args.decoder == "auto" else args.decoder
         if decoder not in list(VOTES):
             raise InputError(f"config.json of the checkpoint: decoder {decoder!r} is none of {', '.join(VOTES)}")
+        bonus = self.model.settings.get("length_bonus", 0.0)
+        if type(bonus) not in (int, float) or bonus < 0:
+            raise InputError(f"config.json of the checkpoint: length_bonus {bonus!r} is no number from 0 on")
         if decoder != "llm" and not self.model.ctc:
             raise InputError(f"--decoder {decoder} needs a checkpoint trained with --splice tokens")
         if decoder == "fusion" and args.joint_weight == 0:

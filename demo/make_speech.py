@@ -39,6 +39,7 @@ import kokoro_graph
 import numpy as np
 import soundfile
 import soxr
+import torch
 
 RATE = 16000
 LONGEST = 29.0  # seconds; Whisper's encoder takes 30
@@ -462,6 +463,12 @@ def main() -> None:
     if missing or not WORDNET.is_dir():
         what = missing[0] if missing else WORDNET
         raise SystemExit(f"error: {what} is missing: apt-get install flite espeak-ng wordnet-base")
+    if args.device != "cpu" and args.voices != "kokoro":
+        raise SystemExit("error: --device is for --voices kokoro: the others speak on the CPU")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"error: --device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
     speech = Speech(args.seed, args.voices, args.definitions, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     same_flags(args.out / "flags.json", {name: getattr(args, name) for name in ("seed", "voices", "definitions")})

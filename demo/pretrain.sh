@@ -3,7 +3,7 @@
 # packages. Started again it continues (but for the labelling of the games, a quarter of an hour).
 #   bash demo/pretrain.sh                          from nothing
 #   START=demo/pretrained bash demo/pretrain.sh    from these weights on
-# HOURS, JOE_HOURS, KOKORO_HOURS (1.5 x real time a core, 150 x on an H100): of synthetic speech, by rules and by neural
+# HOURS, JOE_HOURS, KOKORO_HOURS (1.5 x real time a core, 900 x on an H100): of synthetic speech, by rules and by neural
 # voices; ALIGN_STEPS: of CTC alone; UNHEARD_HOURS, READ_STEPS: with the LLM, which learns to read what the CTC hears of
 # speech that is new to it: what it has learned by heart it hears too well. OUT: where the checkpoint goes.
 set -Eeuo pipefail
@@ -12,16 +12,13 @@ cd "$(dirname "$0")/.."
 hours=${HOURS:-16} joe_hours=${JOE_HOURS:-2} kokoro_hours=${KOKORO_HOURS:-11} unheard_hours=${UNHEARD_HOURS:-6}
 align_steps=${ALIGN_STEPS:-2600} read_steps=${READ_STEPS:-450} start=${START-} result=${OUT:-demo/pretrained}
 data=demo/exp out=demo/exp/pretrain
+. demo/cpu.sh
 if command -v nvidia-smi >/dev/null; then # 16 clips a step, by one GPU or two cores
     train=(python train.py --per_device_train_batch_size 16) bf16=True device=cuda
 else
-    train=(torchrun --standalone --nproc_per_node=2 train.py --per_device_train_batch_size 8) bf16=False device=cpu
+    train=(torchrun --standalone --nproc_per_node=2 train.py --per_device_train_batch_size 8) device=cpu
     export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-    if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=True; fi
 fi
-# without it glibc returns the memory of every batch to the system, and gets it anew page by page: up to twice as slow
-export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=200000000 MALLOC_ARENA_MAX=2
-export LRU_CACHE_CAPACITY=128 # else oneDNN keeps a kernel for each shape of a batch: memory grows
 common=(--llm_model_name_or_path demo/models/SmolLM2-135M-Instruct --whisper_model_name_or_path demo/models/whisper-tiny.en.pt
     --cache_dir "$data/cache" --bf16 "$bf16" --group_by_length --spec_augment
     --projector_dropout 0.1 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 20 --save_steps 200

@@ -84,6 +84,13 @@ class Job:
         return "\n".join(log.read_text() for log in self.logs)
 
 
+def run_job(argv: Sequence, logs: Path, before: Callable[[], None] | None = None) -> str:
+    """Two processes that train to the end; what they wrote."""
+    job = Job(argv, logs, 2, before)
+    assert job.wait() == [0, 0], job.output()
+    return job.output()
+
+
 def die() -> None:
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)

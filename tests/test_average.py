@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import build_system
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import average
@@ -42,6 +43,19 @@ def test_half_the_size(two, tmp_path):
     assert {value.dtype for value in load_file(tmp_path / "mean/model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_a_full_disk_is_one_line_and_leaves_no_partial(two, tmp_path, monkeypatch):
+    """safetensors tells of it as an error of its own: once a bare traceback."""
+
+    def full(_, path, **__):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(average, "save_file", full)
+    with pytest.raises(SystemExit, match=r"error: .*mean: cannot write .*No space left on device"):
+        average.main([*two, "--out", str(tmp_path / "mean")])
+    assert [file.name for file in (tmp_path / "mean").iterdir()] == ["config.json"]
+
+
 def test_what_cannot_be_averaged_is_said_in_one_line(two, tiny, tmp_path):
     a, b = two
     build_system(tiny.qwen2, tiny.whisper).model.save_checkpoint(tmp_path / "frames")
@@ -57,6 +71,7 @@ def test_what_cannot_be_averaged_is_said_in_one_line(two, tiny, tmp_path):
         ([a, b, "--out", "x", "--weights", "1", "-1"], "error: --weights must be numbers with a sum above 0"),
         ([a, f"{tmp_path}/frames", "--out", "x"], f"error: {tmp_path}/frames and {a} are of different systems: "),
         ([a, f"{torn}", "--out", "x"], f"error: {torn}/model.safetensors: not a readable safetensors file"),
+        ([a, b, "--out", f"{a}/config.json/x"], f"error: {a}/config.json/x: cannot write ("),
         ([a, "nowhere", "--out", "x"], "error: nowhere is not a checkpoint: no such file or folder"),
     ]:
         with pytest.raises(SystemExit) as stopped:

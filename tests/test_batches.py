@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_clip, write_manifest
+from conftest import write_clip, write_manifest
+from jobs import run_job
 from test_train import TOKENS, arguments, losses
 
 import train
@@ -120,18 +122,15 @@ def test_two_processes_train_as_one_with_the_same_global_batches_and_resume_in_a
     """
     flags = (*TOKENS, "3", "--max_steps", "7", "--save_steps", "5")
     train.main(by_seconds(tiny, tmp_path / "one", manifest, *flags, "--gradient_accumulation_steps", "2"))
-    command = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
-    done = run_script(*command, *by_seconds(tiny, tmp_path / "two", manifest, *flags, *extra))
-    assert done.returncode == 0, done.stderr[-3000:]
+    argv = by_seconds(tiny, tmp_path / "two", manifest, *flags, *extra)
+    run_job(argv, tmp_path / "logs")
     tolerance = 1e-2 if extra else 1e-4
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=tolerance)
     epochs = history(tmp_path / "two", "epoch")
     assert 1 < epochs[4] < 2 < epochs[6]
     before = losses(tmp_path / "two")
-    run_script("rm", "-rf", tmp_path / "two" / "checkpoint-7")
-    done = run_script(*command, *by_seconds(tiny, tmp_path / "two", manifest, *flags, *extra))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "checkpoint-5" in re.search(r"continuing from (.*)", done.stdout)[1]
+    shutil.rmtree(tmp_path / "two" / "checkpoint-7")
+    assert "checkpoint-5" in re.search(r"continuing from (.*)", run_job(argv, tmp_path / "logs"))[1]
     assert losses(tmp_path / "two") == pytest.approx(before, rel=1e-6)
 
 
@@ -140,7 +139,7 @@ def test_one_process_resumes_within_an_epoch_bit_for_bit(tiny, tmp_path, manifes
     train.main(by_seconds(tiny, tmp_path / "o", manifest, *flags))
     before, epochs = losses(tmp_path / "o"), history(tmp_path / "o", "epoch")
     assert 1 < epochs[10] < 2
-    run_script("rm", "-rf", tmp_path / "o" / "checkpoint-13")
+    shutil.rmtree(tmp_path / "o" / "checkpoint-13")
     train.main(by_seconds(tiny, tmp_path / "o", manifest, *flags))
     assert losses(tmp_path / "o") == before
 
@@ -149,14 +148,13 @@ def test_two_processes_keep_the_order_of_lengths_after_a_resume(tiny, tmp_path, 
     """accelerate does not reach our sampler behind the batches it skips: a resume within the second epoch of several
     processes read the clips in the order of the first."""
     order = ("--max_steps", "6", "--save_steps", "5", "--group_by_length")
-    flags = arguments(tiny, tmp_path, "--data_path", str(manifest), *order)
-    command = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
-    assert run_script(*command, *flags).returncode == 0
-    before = losses(tmp_path)
-    assert 1 < history(tmp_path, "epoch")[4] < 2
-    run_script("rm", "-rf", tmp_path / "checkpoint-6")
-    assert run_script(*command, *flags).returncode == 0
-    assert losses(tmp_path) == before
+    flags = arguments(tiny, tmp_path / "o", "--data_path", str(manifest), *order)
+    run_job(flags, tmp_path / "logs")
+    before = losses(tmp_path / "o")
+    assert 1 < history(tmp_path / "o", "epoch")[4] < 2
+    shutil.rmtree(tmp_path / "o" / "checkpoint-6")
+    run_job(flags, tmp_path / "logs")
+    assert losses(tmp_path / "o") == before
 
 
 def test_padding_is_in_the_log_of_every_way_of_batching(tiny, tmp_path, manifest):

@@ -1,12 +1,15 @@
 """The encoder's outputs on disk: found by content, whole or made anew, shared by many writers."""
 
+import os
 import shutil
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_system, run_script, write_clip, write_manifest
+from conftest import build_system, write_clip, write_manifest
+from jobs import run_job
 from test_train import TOKENS, arguments, losses
 
 import train
@@ -144,23 +147,22 @@ def test_a_disk_that_is_full_leaves_nothing_behind(clips, tmp_path, monkeypatch)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
+def note_digests(file):
+    real = EncoderCache.digest
+
+    def digest(wav):
+        with file.open("a") as out:
+            out.write(f"{os.environ['RANK']} {wav.name}\n")
+        return real(wav)
+
+    EncoderCache.digest = staticmethod(digest)
+
+
 def test_two_processes_hash_and_encode_their_shares_and_train_as_without(tiny, tmp_path):
     """Each reads only its own share of the audio; the other's names come from it. float16: the tolerance is 1e-2."""
     flags = (*TOKENS, "2", "--max_steps", "3")
-    command = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
-    spy = tmp_path / "sitecustomize.py"  # each process notes whose digests it has made
-    spy.write_text(
-        "import os, sys\nsys.path.insert(0, os.getcwd())\nif 'RANK' in os.environ:\n    import cache\n"
-        "    real = cache.EncoderCache.digest\n    def digest(wav):\n"
-        f"        open({str(tmp_path)!r} + '/hashed', 'a').write(os.environ['RANK'] + ' ' + wav.name + '\\n')\n"
-        "        return real(wav)\n    cache.EncoderCache.digest = staticmethod(digest)\n"
-    )
-    done = run_script(
-        *command,
-        *arguments(tiny, tmp_path / "cached", *flags, "--cache_dir", str(tmp_path / "cache")),
-        PYTHONPATH=str(tmp_path),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    argv = arguments(tiny, tmp_path / "cached", *flags, "--cache_dir", str(tmp_path / "cache"))
+    run_job(argv, tmp_path / "logs", partial(note_digests, tmp_path / "hashed"))
     hashed = sorted((tmp_path / "hashed").read_text().split("\n"))[1:]
     assert len(hashed) == len({line.split()[1] for line in hashed}) == len(files(tmp_path / "cache")) >= 4
     assert {line.split()[0] for line in hashed} == {"0", "1"}

@@ -117,7 +117,7 @@ exit 0
 @pytest.fixture
 def demo(tmp_path):
     """demo.sh with python stubbed: run it with its flags, get what it said and the scripts it called."""
-    for name in ("demo/demo.sh", "demo/setup.sh", "demo/data/train.jsonl", "requirements.txt"):
+    for name in ("demo/demo.sh", "demo/setup.sh", "demo/cpu.sh", "demo/data/train.jsonl", "requirements.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_the_demo_from_scratch_needs_no_checkpoint_and_keeps_some_prompts_to_its
     done, calls = demo("--from-scratch")
     assert done.returncode == 0, done.stderr
     assert [call.split(" --")[0] for call in calls] == [
-        *("demo/fetch_models.py", "demo/make_speech.py", "train scratch", "recognize scratch.dev.txt")
+        *("demo/fetch_models.py", "demo/make_speech.py", "train scratch", "recognize scratch.txt")
     ]
     assert "pretrained" not in "".join(calls)
     dev, train = ((tmp_path / "demo" / "exp" / name).read_text().splitlines() for name in ("dev.jsonl", "scratch.jsonl"))
@@ -238,6 +238,23 @@ def test_a_folder_of_speech_begun_with_other_flags_is_not_continued(tmp_path):
     make_speech.same_flags(file, flags)
     with pytest.raises(SystemExit, match="was begun with --seed 1 --voices rules: give these, or another --out"):
         make_speech.same_flags(file, flags | {"seed": 2})
+
+
+@pytest.mark.parametrize(
+    ("voices", "message"),
+    [("rules", "--device is for --voices kokoro"), ("kokoro", "--device gpu cannot be used: ")],
+)
+def test_a_device_that_cannot_speak_is_told_before_the_first_clip(tmp_path, monkeypatch, voices, message):
+    """It was ignored, or a bare traceback of torch."""
+    monkeypatch.setattr(sys, "argv", ["make_speech.py", "--voices", voices, "--device", "gpu", "--out", str(tmp_path / "o")])
+    monkeypatch.setattr(make_speech.shutil, "which", lambda program: program)
+    monkeypatch.setattr(make_speech, "find_spec", lambda name: True)
+    monkeypatch.setattr(make_speech, "MODELS", tmp_path)
+    monkeypatch.setattr(make_speech, "WORDNET", tmp_path)
+    (tmp_path / "kokoro-voices").mkdir()
+    with pytest.raises(SystemExit, match=message):
+        make_speech.main()
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_lone_letter_is_named_not_read_as_the_article():
@@ -377,13 +394,13 @@ def test_sounds_made_together_are_of_one_length(monkeypatch):
         for frames in ([3, 5, 4], [2, 35, 2], [1, 1, 1], [10, 20, 10])
     ]
     long_prosody, long_text, _ = clips[0].stretched(kokoro_graph.PADDED)
-    assert long_prosody.argmax(0).tolist() == long_text.argmax(0).tolist() == [0] * 3 + [1] * 5 + [2] * 12
+    assert long_prosody.argmax(1).tolist() == long_text.argmax(1).tolist() == [0] * 3 + [1] * 5 + [2] * 12
     batches = []
     decoder = kokoro_graph.Decoder.__new__(kokoro_graph.Decoder)
     monkeypatch.setattr(decoder, "sound", lambda batch: batches.append(batch) or np.zeros((len(batch), 1)), raising=False)
     monkeypatch.setattr(kokoro_graph, "TOGETHER", 40)
     assert [index for index, _ in decoder.sounds(clips)] == [0, 2, 1, 3]
-    assert [[prosody.shape[1] for prosody, _, _ in batch] for batch in batches] == [[20, 20], [40], [40]]
+    assert [[len(prosody) for prosody, _, _ in batch] for batch in batches] == [[20, 20], [40], [40]]
 
 
 @pytest.mark.skipif(not kokoro_graph.MODEL.exists(), reason="bash demo/fetch_kokoro.sh")

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import BF16, DATA, run_script, write_clip, write_manifest
+from jobs import run_job
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, WhisperConfig, WhisperModel
 
@@ -312,11 +313,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path, s
     items = [clip | {"wav": str(tiny.root / clip["wav"]), "txt": f"t{i}"} for i, clip in enumerate(tiny.clips[:4])]
     common = ("--max_steps", "3", "--data_path", write_manifest(tmp_path / "four.jsonl", items), *splice)
     train.main(arguments(tiny, tmp_path / "one", *map(str, common), "--per_device_train_batch_size", "4"))
-    done = run_script(
-        *("torchrun", "--standalone", "--nproc_per_node=2", "train.py"),
-        *arguments(tiny, tmp_path / "two", *common),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_job(arguments(tiny, tmp_path / "two", *common), tmp_path / "logs")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
     for name, weight in theirs.items():
@@ -350,9 +347,9 @@ def test_the_published_commands_run_unchanged(real, tmp_path):
     for folder in (output / "checkpoint-4", output / "checkpoint-5"):
         shutil.copytree(folder, tmp_path / "cut" / folder.name)
     (tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").unlink()  # killed while it was written
-    done = run_script(*(str(tmp_path / "cut") if word == str(output) else word for word in words))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert f"continuing from {tmp_path / 'cut' / 'checkpoint-4'}" in done.stdout
+    argv = words[words.index("train.py") + 1 :]
+    said = run_job([str(tmp_path / "cut") if word == str(output) else word for word in argv], tmp_path / "logs")
+    assert f"continuing from {tmp_path / 'cut' / 'checkpoint-4'}" in said
     assert losses(tmp_path / "cut") == pytest.approx(losses(output), rel=1e-3)
     checkpoint = output / "checkpoint-5"
     trained = sum(tensor.numel() for tensor in load_file(checkpoint / "model.safetensors").values())
@@ -387,9 +384,8 @@ def test_deepspeed_trains_the_token_splice_in_both_phases(tiny, tmp_path, bf16, 
     WhisperModel(config).save_pretrained(tmp_path / "whisper")
     flags += ("--bf16", bf16, "--whisper_model_name_or_path", str(tmp_path / "whisper"))
     train.main(arguments(tiny, tmp_path / "one", *flags, "--per_device_train_batch_size", "4"))
-    command = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
-    done = run_script(*command, *arguments(tiny, tmp_path / "two", *flags), "--deepspeed", "ds_config_zero3.json")
-    assert done.returncode == 0, done.stderr[-3000:]
+    argv = arguments(tiny, tmp_path / "two", *flags, "--deepspeed", "ds_config_zero3.json")
+    run_job(argv, tmp_path / "logs")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=tolerance)
     ours, theirs = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
@@ -398,9 +394,7 @@ def test_deepspeed_trains_the_token_splice_in_both_phases(tiny, tmp_path, bf16, 
     )
     before = losses(tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
-    done = run_script(*command, *arguments(tiny, tmp_path / "two", *flags), "--deepspeed", "ds_config_zero3.json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "continuing from" in done.stdout
+    assert "continuing from" in run_job(argv, tmp_path / "logs")
     assert losses(tmp_path / "two") == pytest.approx(before, rel=tolerance)
 
 

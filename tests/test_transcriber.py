@@ -372,7 +372,10 @@ def test_how_to_decode_goes_along_when_a_checkpoint_is_trained_further(tiny, tmp
     assert transcriber(further, decoder="joint").decoder == "joint"
     further.model.save_checkpoint(tmp_path / "end")
     assert chosen.items() <= json.loads((tmp_path / "end/config.json").read_text()).items()
-    further.model.settings["decoder"] = "magic"
+    further.model.settings["length_bonus"] = "1.2"
+    with pytest.raises(InputError, match=r"config.json of the checkpoint: length_bonus '1.2' is no number from 0 on"):
+        transcriber(further)
+    further.model.settings |= {"length_bonus": 1.2, "decoder": "magic"}
     with pytest.raises(InputError, match=r"config.json of the checkpoint: decoder 'magic' is none of ctc, llm"):
         transcriber(further)
 
