@@ -220,10 +220,11 @@ class CTCPrefixScore:
         candidates: int = 24,
         best: int | None = None,
         bonus: float = 0.0,
+        spoken: Tensor | None = None,
     ) -> None:
         """log_probs (B, N, V + 1), length (B,); spelling (vocabulary, P): the CTC classes of each of the LLM's tokens,
         padded with −1; `ends`: the tokens that end a transcript. Of the candidates the search needs the `best`: others
-        need not be scored."""
+        need not be scored. spoken (B,): where a text of no tokens is none."""
         B, N, classes = log_probs.shape
         if length.device.type == "mps":  # has no float64
             log_probs, length, spelling = log_probs.cpu(), length.cpu(), spelling.cpu()
@@ -231,6 +232,7 @@ class CTCPrefixScore:
         outside = torch.full((classes,), NEVER, dtype=torch.float64, device=length.device)
         outside[-1] = 0
         log_probs = torch.where(inside[..., None], log_probs.double(), outside).clamp(min=NEVER)
+        self.spoken = (torch.zeros_like(length) if spoken is None else spoken).bool().to(length.device)  # (B,)
         self.log_probs = log_probs.transpose(1, 2).contiguous()  # (B, V + 1, N)
         self.probs = self.log_probs[:, :-1].exp().transpose(1, 2)  # (B, N, V)
         self.blanks = self.log_probs[:, -1].cumsum(-1)  # (B, N)
@@ -288,6 +290,7 @@ class CTCPrefixScore:
         bounds, best = (scores + bound + F.pad(self.further, (0, extra))[clips]).topk(self.candidates)  # (R, K)
         ended = torch.logaddexp(token[:, -1], blank[:, -1]) - before  # (R,)
         ended = scores[:, self.ends] + (self.weight * ended)[:, None].to(scores.dtype)  # (R, ends)
+        ended = ended.masked_fill(((last < 0) & self.spoken[clips])[:, None], -torch.inf)
         several = (self.spelling[best.clamp(max=len(self.spelling) - 1), 1:] >= 0).any(-1)  # of others the bound is exact
         exact = bounds.masked_fill(several, -torch.inf).topk(min(self.best, self.candidates)).values  # (R, best)
         enough = exact[:, -1]

@@ -7,6 +7,7 @@ Speculative decoding (Leviathan et al. 2023) with a draft that costs nothing. Wh
 the CTC's vote, would write token by token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ctc import CTCPrefixScore
 from inference import whole
-from search import Found, constant_ends
+from search import NOTHING, Found, constant_ends
 
 LOOKAHEAD = 16  # tokens of a draft that one pass verifies, at most: logits of a whole transcript might not fit
 ON_A_CPU = 16  # of all drafts together: there a token takes its time, also one that is rejected
@@ -137,5 +138,5 @@ def verify(
     found = []
     for text, most, log_prob in zip(texts, limits, log_probs, strict=True):
         ended = len(text) <= most
-        found.append(Found(text if ended else text[:-1], ended, log_prob, log_prob))
+        found.append(NOTHING if math.isnan(log_prob) else Found(text if ended else text[:-1], ended, log_prob, log_prob))
     return Written(found, passes, accepted)

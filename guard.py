@@ -7,6 +7,7 @@
 The rules (`broken_rules`) need the clip and its text, and where the checkpoint has a CTC its greedy text.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ WORDS_PER_SECOND, SPARE_WORDS = 8, 2  # the fastest speakers say 7 words a secon
 DISAGREEMENT, FEWEST_EDITS = 0.4, 3  # edits between the text and the CTC's, a letter of the longer; a short word has few
 SLICE = SAMPLE_RATE // 20  # 50 ms: shorter than a syllable
 BANDS, SWING = 16, 7.0  # of half a kilohertz each; dB: steady noise swings 5, speech as loud as the noise around it 9
-CAUTIOUS = {"num_beams": 4, "no_repeat_ngram_size": 5, "temperature": 0.0}
+CAUTIOUS = {"no_repeat_ngram_size": 5, "temperature": 0.0}
 MORE_CTC = 2.0  # times --joint_weight
 
 
@@ -105,13 +106,16 @@ def guarded(
         for i, hypothesis in zip(again, hypotheses([clips[i] for i in again], **search), strict=True):
             if not isinstance(hypothesis, InputError):
                 found[i].append(hypothesis)
-                broken[i].append(broken_rules(clips[i], hypothesis, bounded))
+                nothing = ["disagrees"] if hypothesis.ctc_text and not hypothesis.text else []  # is no way out
+                broken[i].append(nothing or broken_rules(clips[i], hypothesis, bounded))
     return [_kept(*both) for both in zip(found, broken, strict=True)]
 
 
 def _more_cautious(transcriber: "Transcriber") -> list[dict[str, Any]]:
     """How a suspicious clip is decoded again, one way after the other."""
-    search = CAUTIOUS | {"num_beams": max(CAUTIOUS["num_beams"], transcriber.args.num_beams)}
+    asked = transcriber.args
+    ngram = min(asked.no_repeat_ngram_size or math.inf, CAUTIOUS["no_repeat_ngram_size"])
+    search = CAUTIOUS | {"num_beams": asked.num_beams and max(asked.num_beams, 4), "no_repeat_ngram_size": ngram}
     if not transcriber.model.ctc:
         return [search]
     if transcriber.decoder == "ctc":

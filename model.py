@@ -277,6 +277,7 @@ class SpeechLLM(nn.Module):
         heard: tuple[Tensor, Tensor] | None = None,
         drafts: Sequence[Sequence[int]] | None = None,
         context: Tensor | None = None,
+        spoken: Tensor | None = None,
         end_prob: float | None = None,
         **search: Any,
     ) -> list[list[Found]]:
@@ -286,7 +287,8 @@ class SpeechLLM(nn.Module):
         score; spelling (vocabulary, P) is each token in these classes. heard: what `hear` gave, if it was asked. With
         `drafts`, the ids of a guess for each row, a greedy search that nothing else shapes takes a few passes of the LLM
         (see draft.py) and its result is the same. With `context`, ids (T,), the LLM reads these instead of the prompt, and
-        no speech: as the language model that it was before LoRA joined it. `end_prob`: see search.constant_ends.
+        no speech: as the language model that it was before LoRA joined it. spoken (B,): where a voted text has some token.
+        `end_prob`: see search.constant_ends.
         """
         alone = nullcontext() if context is None else inference.without_adapters(self.llm)
         with inference.no_gradients(self), alone:
@@ -296,7 +298,9 @@ class SpeechLLM(nn.Module):
                 if joint_weight:
                     ends = self.llm.generation_config.eos_token_id
                     best = None if search.get("sample") else beams + len(ends)  # that the search looks at
-                    vote = CTCPrefixScore(log_probs, frames, spelling, ends, joint_weight, best=best, bonus=length_bonus)
+                    vote = CTCPrefixScore(
+                        *(log_probs, frames, spelling, ends, joint_weight), best=best, bonus=length_bonus, spoken=spoken
+                    )
             cache = DynamicCache(config=self.llm.config)
             if context is None:
                 speech, length = self.ctc.soft_tokens(log_probs, frames) if self.ctc else self.listen(mel, mel_length)

@@ -183,6 +183,8 @@ class Progress:
 
     def remove(self) -> None:
         """All that stands beside the result."""
+        if not fcntl:  # Windows deletes no open file; elsewhere the lock stays until it is gone
+            self.own.close()
         for file in self.files:
             file.close()
             Path(file.name).unlink()

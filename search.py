@@ -29,7 +29,7 @@ class Found(NamedTuple):
     score: float  # what the search ranks by, but of a draft log_prob
 
 
-NOTHING = Found([], False, NEVER, NEVER)  # where no token has a score: of logits that are not finite
+NOTHING = Found([], False, NEVER, NEVER)  # where no token has a score: of logits that are not numbers
 
 
 def constant_ends(logits: Tensor, ends: Tensor, prob: float | None) -> Tensor:

@@ -92,7 +92,7 @@ def _folder(folder: Path, alone: bool) -> Iterator[Record]:
 def _audio_files(folder: Path) -> Iterator[Path]:
     """In the order of their names, links followed, hidden ones left out."""
     seen = set()  # a link may lead back up
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
@@ -102,6 +102,10 @@ def _audio_files(folder: Path) -> Iterator[Path]:
                 if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
             )
         seen.add(real)
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot read this folder ({error.strerror})")
 
 
 def _read_text(path: Path) -> str:

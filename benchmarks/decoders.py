@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--joint_weight", type=float, nargs="*", default=[None])
     parser.add_argument("--length_bonus", type=float, default=DecodeArguments.length_bonus)
     parser.add_argument("--beam_threshold", type=float, default=DecodeArguments.beam_threshold)
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="1 is greedy")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4, 10], help="1 is greedy")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--batch_size", type=int, default=16)

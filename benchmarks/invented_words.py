@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dev", action="store_true", help="what the thresholds were chosen on")
     parser.add_argument("--checkpoint", default=str(ROOT / "demo" / "pretrained"))
-    parser.add_argument("--decoders", nargs="*", default=["ctc", "llm 1", "llm 4", "joint 1", "joint 4", "fusion 4"])
+    parser.add_argument("--decoders", nargs="*", default=["ctc", "llm 1", "llm 4", "joint 1", "joint 4", "fusion 10"])
     parser.add_argument("--sets", nargs="*", help="some of them; all by default")
     parser.add_argument("--count", type=int, default=6, help="clips of each kind of sound")
     parser.add_argument("--dtype", default="float32")

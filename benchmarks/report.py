@@ -27,7 +27,7 @@ from inference import Merged
 from manifest import read_manifest
 from score import normalizer, score
 from settings import ModelArguments, one_line_errors, weights_file
-from transcriber import DecodeArguments, Transcriber, use_shipped
+from transcriber import DecodeArguments, Transcriber, beams, use_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +53,9 @@ def hark(models: ModelArguments, args: argparse.Namespace, **options: object) ->
 
     llm, encoder = Path(models.llm_model_name_or_path), Path(models.whisper_model_name_or_path)
     files = [*llm.glob("*"), encoder, weights_file(models.checkpoint)]
-    name = f"hark, {transcriber.decoder}" + (f", beam {options['num_beams']}" if "num_beams" in options else "")
+    name = f"hark, {transcriber.decoder}" + (
+        f", beam {beams(transcriber.decoder, transcriber.args)}" if transcriber.decoder != "ctc" else ""
+    )
     language_model = transcriber.model.llm
     # with and without LoRA a layer is there twice
     unused = sum(parameters(module.plain) for module in language_model.modules() if isinstance(module, Merged))
@@ -97,7 +99,7 @@ def systems(args: argparse.Namespace) -> Iterator[System]:
     use_shipped(models)
     models.checkpoint = args.checkpoint or models.checkpoint
     yield hark(models, args, decoder="ctc")
-    yield hark(models, args, num_beams=4)
+    yield hark(models, args)
     yield whisper_itself(Path(models.whisper_model_name_or_path))
     if importlib.util.find_spec("pocketsphinx"):
         yield sphinx()

@@ -57,7 +57,7 @@ def test_report_has_a_row_for_each_system(real, tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr()
     rows = cells(printed.out, "system")
-    assert list(rows) == ["hark, ctc", "hark, fusion, beam 4", "whisper-tiny.en, beam 5"]
+    assert list(rows) == ["hark, ctc", "hark, fusion, beam 10", "whisper-tiny.en, beam 5"]
     assert rows["whisper-tiny.en, beam 5"][:2] == ["0.0", "0.0"]
     assert [row[4] for row in rows.values()] == ["11", "146", "37"]  # millions of parameters that run
     assert "no row for PocketSphinx: pip install pocketsphinx" in printed.err

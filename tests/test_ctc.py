@@ -42,9 +42,9 @@ SPELLED = [(0,), (1,), (2,), (0, 0), (1, 2), (2, 2, 1), ()]  # seven tokens of a
 END = 6
 
 
-def scorer(log_probs, length, weight=1.0, bonus=0.0):
+def scorer(log_probs, length, weight=1.0, **options):
     table = torch.tensor([[*s, -1, -1, -1][:3] for s in SPELLED])
-    return CTCPrefixScore(log_probs, length, table, [END], weight, candidates=6, bonus=bonus)
+    return CTCPrefixScore(log_probs, length, table, [END], weight, candidates=6, **options)
 
 
 def at_the_start(scorer, scores, **limits):
@@ -104,6 +104,21 @@ def test_the_bonus_is_for_each_class_and_none_is_for_the_end():
     scores = torch.randn(1, 7, dtype=torch.float64)
     without, earned = (at_the_start(scorer(log_probs, length, bonus=bonus), scores) for bonus in (0.0, 0.7))
     assert torch.allclose(earned - without, 0.7 * torch.tensor([[float(len(s)) for s in SPELLED]]).double())
+
+
+def test_where_something_was_said_a_text_has_something():
+    """A letter or a rare word alone costs an LLM that hears nothing more than to end at once: "q" came out empty."""
+    paths = torch.tensor([[3, 3, 1, 3], [3, 3, 3, 3]])  # the second clip is silent
+    log_probs, length = (4 * torch.nn.functional.one_hot(paths, 4).double()).log_softmax(-1), torch.tensor([4, 4])
+    scores = torch.tensor([[-20.0, -20, -20, -20, -20, -20, -1]]).repeat(2, 1)
+    clips = torch.arange(2)
+    assert at_the_start(scorer(log_probs, length), scores).argmax(1).tolist() == [END, END]
+    some = scorer(log_probs, length, spoken=torch.tensor([True, False]))
+    assert at_the_start(some, scores).argmax(1).tolist() == [1, END]
+    near = some.vote(clips, some.start, scores, torch.zeros(2), threshold=1.0)  # that end is no measure of the others
+    assert near.argmax(1).tolist() == [1, END]
+    then = some.vote(clips, some.extend(clips, some.start, torch.tensor([1, 1])), scores)
+    assert then.argmax(1).tolist() == [END, END]
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.7])

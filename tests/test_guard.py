@@ -153,6 +153,20 @@ def test_fusion_stays_fusion_with_more_of_the_ctc():
     assert [transcriber.asked[1][1][name] for name in ("decoder", "joint_weight")] == ["fusion", 1.8]
 
 
+def test_to_write_nothing_is_no_way_out_where_the_ctc_hears_words():
+    """An empty text breaks no rule: it was kept, and the CTC's own words were lost."""
+    transcriber = Scripted([heard("please " * 9)], [heard("")], [heard("please hold", ended=None)], decoder="joint")
+    (kept,) = guarded(transcriber, [SPEECH])
+    assert (kept.text, kept.flags) == ("please hold", ["loop", "disagrees", "decoded_again", "ctc_text"])
+
+
+def test_decoding_again_is_no_less_strict_than_asked():
+    """It allowed four tokens twice where the user had forbidden three."""
+    transcriber = Scripted([heard("please " * 9)], [heard("please hold")], no_repeat_ngram_size=3, num_beams=6)
+    guarded(transcriber, [SPEECH])
+    assert [transcriber.asked[1][1][name] for name in ("no_repeat_ngram_size", "num_beams")] == [3, 6]
+
+
 def test_without_a_ctc_the_one_that_breaks_the_fewest_rules_is_kept_and_then_the_shortest():
     def kept(again: Hypothesis) -> Hypothesis:
         transcriber = Scripted([heard("go " * 60, None, False)], [again], ctc=False, decoder="llm", num_beams=6)

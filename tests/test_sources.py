@@ -63,6 +63,20 @@ def test_files_patterns_and_folders_together_keep_their_paths(calls):
     assert keys("calls/a[1].wav") == ["calls/a[1].wav"]  # a file's own name is no pattern
 
 
+def test_a_folder_that_cannot_be_read_is_told(calls, monkeypatch):
+    """Its files were left out without a word."""
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("2024"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"calls/2024: cannot read this folder \(Permission denied\)"):
+        keys("calls")
+
+
 def test_a_manifest_is_one_of_the_names(tiny, calls):
     manifest = tiny.manifest
     assert keys(str(manifest)) == [clip["key"] for clip in tiny.clips]

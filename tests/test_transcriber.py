@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from audio import load_audio, log_mel, samples_of, speech_vectors, vector_seconds
 from ctc import forced_alignment, greedy_path, log_likelihood
 from dataset import SpeechCollator
+from decoding import decode
 from manifest import read_manifest
 from search import Sample
 from settings import IGNORE_INDEX, InputError
@@ -226,7 +227,8 @@ def test_search_options_of_one_call_leave_the_next_alone(tokens):
     ("options", "message"),
     [
         ({"num_beams": 0}, "--num_beams must be at least 1"),
-        ({"nbest": 5}, "--nbest 5 needs --num_beams 5 or more, not 4"),
+        ({"nbest": 11, "decoder": "joint"}, "--nbest 11 needs --num_beams 11 or more, not 10"),
+        ({"nbest": 5, "decoder": "llm"}, "--nbest 5 needs --num_beams 5 or more, not 4"),
         ({"repetition_penalty": 0.0}, "--repetition_penalty must be above 0"),
         ({"no_repeat_ngram_size": -1}, "--no_repeat_ngram_size must not be negative"),
         ({"temperature": -0.1}, "--temperature must not be negative"),
@@ -425,6 +427,19 @@ def test_in_fusion_the_llm_hears_nothing_and_is_as_it_was(tiny, num_beams, prepa
     assert [score for _, score in after] == pytest.approx([score for _, score in before], abs=2e-3)
 
 
+@pytest.mark.parametrize(("decoder", "num_beams"), [("llm", 1), ("llm", 3), ("fusion", 1), ("fusion", 3)])
+def test_scores_that_are_no_numbers_are_told(tiny, decoder, num_beams):
+    """Of float16 that overflowed: a search wrote nothing, a draft the token 0 again and again, and neither said why."""
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens")
+    one = transcriber(system, decoder=decoder, num_beams=num_beams)
+    system.model.llm.get_output_embeddings().register_forward_hook(lambda _, __, out: out.fill_(torch.nan))
+    clips = [audio(1.0), audio(0.8)]
+    assert [str(found)[:34] for found in one.hypotheses(clips)] == ["the LLM's scores are not numbers: "] * 2
+    assert all(isinstance(found, InputError) for found in decode(one, clips))
+    with pytest.raises(InputError, match="the LLM's scores are not numbers"):
+        one.transcribe(clips)
+
+
 def test_fusion_needs_the_vote_of_a_ctc(tokens, tiny):
     with pytest.raises(InputError, match="--decoder fusion needs a --joint_weight above 0"):
         transcriber(tokens, decoder="fusion", joint_weight=0.0)
@@ -472,6 +487,20 @@ def test_a_frame_lasts_as_long_as_the_length_rule_says(shipped):
     assert (word.text, word.start) == ("the", pytest.approx(0.36))
     assert word.end == pytest.approx(0.43)  # the clip's own end
     assert word.confidence == pytest.approx(0.4)  # the root of 0.8 · 0.2
+
+
+def test_words_lie_within_the_clip_where_it_was_padded_to_30_s(tiny, monkeypatch):
+    """One that the CTC heard in the padding began after it had ended."""
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens", encoder_padding="30s")
+    tokens, decode = system.prompt.spelling.tokens, system.prompt.tokenizer.decode
+    heard = torch.full((1, 750, len(tokens) + 1), -9.0)
+    heard[..., -1] = -0.1
+    word = next(c for c, id in enumerate(tokens) if decode([id]).isalpha())
+    heard[0, 100, word] = 0.0  # after 4 s
+    monkeypatch.setattr(system.model, "hear", lambda *_: (heard, torch.tensor([750])))
+    (found,) = transcriber(system, decoder="ctc").hypotheses([audio(1.0)])
+    (one,) = found.words
+    assert 0 <= one.start < one.end <= 1.0
 
 
 def test_what_the_ctc_cannot_spell_has_no_words(shipped):
