@@ -29,6 +29,7 @@ DISAGREEMENT, FEWEST_EDITS = 0.4, 3  # edits between the text and the CTC's, a l
 SLICE = SAMPLE_RATE // 20  # 50 ms: shorter than a syllable
 BANDS, SWING = 16, 7.0  # of half a kilohertz each; dB: steady noise swings 5, speech as loud as the noise around it 9
 CAUTIOUS = {"no_repeat_ngram_size": 5, "temperature": 0.0}
+FEWEST_BEAMS = 4  # where the user asked for so few
 MORE_CTC = 2.0  # times --joint_weight
 
 
@@ -115,7 +116,7 @@ def _more_cautious(transcriber: "Transcriber") -> list[dict[str, Any]]:
     """How a suspicious clip is decoded again, one way after the other."""
     asked = transcriber.args
     ngram = min(asked.no_repeat_ngram_size or math.inf, CAUTIOUS["no_repeat_ngram_size"])
-    search = CAUTIOUS | {"num_beams": asked.num_beams and max(asked.num_beams, 4), "no_repeat_ngram_size": ngram}
+    search = CAUTIOUS | {"num_beams": asked.num_beams and max(asked.num_beams, FEWEST_BEAMS), "no_repeat_ngram_size": ngram}
     if not transcriber.model.ctc:
         return [search]
     if transcriber.decoder == "ctc":

@@ -427,6 +427,19 @@ def test_in_fusion_the_llm_hears_nothing_and_is_as_it_was(tiny, num_beams, prepa
     assert [score for _, score in after] == pytest.approx([score for _, score in before], abs=2e-3)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_fusion_writes_something_exactly_where_the_ctc_hears_something(tiny, num_beams, monkeypatch):
+    """Also where its LLM would rather end at once: of letters said alone nothing was left."""
+    system = build_system(tiny.qwen2, tiny.whisper, splice="tokens")
+    monkeypatch.setattr("transcriber.END_PROB", 1 - 1e-7)
+    for bias, speaks in ((-5.0, True), (50.0, False)):
+        with torch.no_grad():
+            system.model.ctc.blank_bias.fill_(bias)
+        one = transcriber(system, decoder="fusion", num_beams=num_beams, joint_weight=0.01)
+        for found in one.hypotheses([audio(1.0), audio(0.8)]):
+            assert (bool(found.ctc_text), found.tokens > 1) == (speaks, speaks)  # one of them is the end
+
+
 @pytest.mark.parametrize(("decoder", "num_beams"), [("llm", 1), ("llm", 3), ("fusion", 1), ("fusion", 3)])
 def test_scores_that_are_no_numbers_are_told(tiny, decoder, num_beams):
     """Of float16 that overflowed: a search wrote nothing, a draft the token 0 again and again, and neither said why."""
